@@ -1,0 +1,167 @@
+"""The checks of an operation's arguments: what was expected, what came, the way out.
+
+They look at shapes and dtypes alone, so that they cost microseconds and `torch.compile` can trace
+through them. What depends on values (is every weight finite?) is checked inside the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}; "
+            "convert it with .float()"
+        )
+
+
+def check_output_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool):
+        raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"block_size must be even and at least 2, got {block_size}; 64 is usual")
+
+
+def check_table(name: str, codebook: Tensor, entries: int) -> None:
+    check_dtype(name, codebook, torch.float32)
+    if codebook.shape != (entries,):
+        raise ValueError(
+            f"{name} must have shape ({entries},), got {tuple(codebook.shape)}; "
+            "codebooks.as_codebook fills up shorter ones"
+        )
+
+
+def check_scales(name: str, absmax: Tensor, n: int, block_size: int) -> None:
+    blocks = -(-n // block_size)
+    if absmax.shape != (blocks,):
+        raise ValueError(
+            f"{name} must hold one scale per block: {n} values in blocks of {block_size} need "
+            f"{blocks}, got shape {tuple(absmax.shape)}"
+        )
+
+
+def check_packed(packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, n: int) -> None:
+    check_dtype("packed", packed, torch.uint8)
+    if packed.numel() != (n + 1) // 2:
+        raise ValueError(
+            f"packed must hold two codes a byte: {n} values need {(n + 1) // 2} bytes, "
+            f"got {packed.numel()}"
+        )
+    check_table("codebook", codebook, CODES_4BIT)
+    check_block_size(block_size)
+    check_scales("absmax", absmax, n, block_size)
+
+
+def check_features(x: Tensor, features: int, letter: str) -> None:
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(
+            f"the last dimension of x must be {letter} = {features}, got shape {tuple(x.shape)}"
+        )
+
+
+def check_nested(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    if nested_absmax is None and nested_codebook is None and offset is None:
+        check_dtype("absmax", absmax, torch.float32)
+        return
+    if nested_absmax is None or nested_codebook is None or offset is None:
+        raise ValueError(
+            "nested_absmax, nested_codebook and offset go together: all three, or none for "
+            "float32 scales"
+        )
+    check_dtype("absmax (the codes of nested scales)", absmax, torch.uint8)
+    check_dtype("nested_absmax", nested_absmax, torch.float32)
+    check_table("nested_codebook", nested_codebook, CODES_8BIT)
+    check_scales("nested_absmax", nested_absmax, absmax.numel(), DYNAMIC_BLOCK_SIZE)
+    check_dtype("offset", offset, torch.float32)
+    if offset.numel() != 1:
+        raise ValueError(f"offset must be one number, got shape {tuple(offset.shape)}")
+
+
+def check_bias(bias: Tensor, x: Tensor, features: int, transposed: bool) -> None:
+    if transposed:
+        raise ValueError("a transposed product takes no bias: pass bias=None")
+    check_dtype("bias", bias, x.dtype)
+    if bias.shape != (features,):
+        raise ValueError(f"bias must have shape ({features},), got {tuple(bias.shape)}")
+
+
+def check_moments(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+) -> None:
+    for name, tensors in (
+        ("grads", grads),
+        ("first_moments", first_moments),
+        ("second_moments", second_moments),
+    ):
+        if [tensor.shape for tensor in tensors] != [param.shape for param in params]:
+            raise ValueError(
+                f"{name} must have the shapes of params, {[tuple(p.shape) for p in params]}, "
+                f"got {[tuple(tensor.shape) for tensor in tensors]}"
+            )
+    for param in params:
+        check_float("a parameter", param)
+    for name, tensors in (
+        ("parameters", params),
+        ("first_moments", first_moments),
+        ("second_moments", second_moments),
+    ):
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise ValueError(f"{name} are changed in place and must be contiguous")
+    for grad in grads:
+        check_float("a gradient", grad)
+
+
+def check_absmaxes(
+    params: Sequence[Tensor],
+    first_absmaxes: Sequence[Tensor],
+    second_absmaxes: Sequence[Tensor],
+    first_codebook: Tensor | None,
+    second_codebook: Tensor | None,
+) -> bool:
+    """Whether the moments are 8-bit: they are when they come with scales and codebooks."""
+    if first_codebook is None and second_codebook is None:
+        if first_absmaxes or second_absmaxes:
+            raise ValueError("scales without codebooks: 8-bit moments need both codebooks")
+        return False
+    if first_codebook is None or second_codebook is None:
+        raise ValueError("8-bit moments need both codebooks, or none for 32-bit moments")
+    check_table("first_codebook", first_codebook, CODES_8BIT)
+    check_table("second_codebook", second_codebook, CODES_8BIT)
+    for name, scales in (("first_absmaxes", first_absmaxes), ("second_absmaxes", second_absmaxes)):
+        if len(scales) != len(params):
+            raise ValueError(f"{name} must hold {len(params)} tensors, got {len(scales)}")
+        for param, absmax in zip(params, scales):
+            check_dtype(name, absmax, torch.float32)
+            check_scales(name, absmax, param.numel(), DYNAMIC_BLOCK_SIZE)
+    return True
