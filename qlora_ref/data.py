@@ -123,9 +123,9 @@ def split_held_out(
     whole = [example for example in examples if many or example.prompt is not None]
     unique = list(dict.fromkeys(whole))
     count = min(max(1, round(fraction * len(unique))), max(0, len(unique) - 1))
-    held_out = [unique[i] for i in sorted(_permutation(len(unique), seed, "held out")[:count])]
-    drawn = set(held_out)
+    drawn = {unique[i] for i in _permutation(len(unique), seed, "held out")[:count]}
     train = [example for example in whole if example not in drawn]
+    held_out = [example for example in unique if example in drawn]
     for document in [] if many else [example for example in examples if example.prompt is None]:
         head, tail = _cut_document(document.text, fraction)
         train.append(Example(None, head))
@@ -212,8 +212,8 @@ def pack(sequences: list[TokenSequence], length: int) -> list[TokenSequence]:
     """Concatenate sequences and cut them into ones of exactly `length` tokens, to save padding.
 
     The remainder is a shorter last one. A cut without a target (all prompt, or a single token) is
-    dropped: its mean loss would be 0 / 0. Attention is not masked between packed neighbours: a token
-    sees the example before its own; nor do positions restart. Raises ValueError if length < 2.
+    dropped: its mean loss would be 0 / 0. Attention is not masked between packed neighbours (one
+    sees the text of the example before), nor do positions restart. Raises ValueError if length < 2.
     """
     ids = list(chain.from_iterable(sequence.ids for sequence in sequences))
     labels = list(chain.from_iterable(sequence.labels for sequence in sequences))
@@ -241,9 +241,7 @@ class BatchOrder:
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, group_by_length: bool):
         if not lengths or batch_size < 1:
-            raise ValueError(
-                f"expected lengths and batch_size >= 1, got {len(lengths)}, {batch_size}"
-            )
+            raise ValueError(f"need lengths and batch_size >= 1, got {len(lengths)}, {batch_size}")
         self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
         self.group_by_length = group_by_length
         self.batches_per_epoch = -(-len(lengths) // batch_size)
