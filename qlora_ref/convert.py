@@ -1,0 +1,196 @@
+"""Put 4-bit layers into any model, and say for every module what was done and why.
+
+Read next: lora.py, finetune.py.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ref.checks import FLOAT_DTYPES, check_block_size
+from qlora_ref.codebooks import resolve_codebook
+from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
+from qlora_ref.lora import is_output_head, replace_module
+from qlora_ref.module4bit import Module4bit
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one module that holds parameters of its own, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    converted: bool
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_model` did: one `Decision` for every module that holds parameters."""
+
+    decisions: list[Decision]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the layers that are now in 4 bits."""
+        return [decision.name for decision in self.decisions if decision.converted]
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Names of the modules that were left as they are, with the reason."""
+        return {d.name: d.reason for d in self.decisions if not d.converted}
+
+    def __str__(self) -> str:
+        before = sum(d.bytes_before for d in self.decisions if d.converted)
+        after = sum(d.bytes_after for d in self.decisions if d.converted)
+        lines = [f"{len(self.converted)} layers to 4 bits: {before:,} to {after:,} bytes"]
+        reasons = Counter((d.kind, d.reason) for d in self.decisions if not d.converted)
+        lines += [f"kept {count} {kind}: {why}" for (kind, why), count in reasons.items()]
+        return "\n".join(lines)
+
+
+def convert_model(
+    model: nn.Module,
+    codebook: str | Tensor | Sequence[float] = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    skip: Sequence[str] = (),
+) -> ConversionReport:
+    """Replace a model's linear layers by Linear4bit, in place, one at a time.
+
+    Converted are nn.Linear and GPT-2's Conv1D. Kept, whatever `skip` says, are the output head
+    (lm_head), weights that are tied to another module, modules that transformers keeps in float32,
+    subclasses of nn.Linear (whose owners may read the weight), and everything else.
+
+    skip     names of modules to keep as well: a full name, the end of one ("q_proj"), or a pattern
+             with * and ?; what lies below a skipped module is kept too
+    codebook, block_size, double_quant, compute_dtype: as for `Linear4bit`
+    returns  ConversionReport; print it, or read `.kept` for what was not converted
+
+    Everything is checked before the first layer is touched. Raises ValueError if there is nothing
+    to convert, if an entry of `skip` matches nothing, or if a weight is not finite (by name).
+    """
+    resolve_codebook(codebook)
+    check_block_size(block_size)
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a list of names, got the string {skip!r}: write [{skip!r}]")
+    reasons = _reasons_to_keep(model, skip)
+    names = [name for name, reason in reasons.items() if reason is None]
+    if not names:
+        raise ValueError(_nothing_message(model, reasons))
+    for name in names:
+        _check_finite(name, dense_parameters(model.get_submodule(name))[0])
+    decisions = []
+    for name, reason in reasons.items():
+        before = model.get_submodule(name)
+        kind, shape, size = type(before).__name__, _shape(before), _own_bytes(before)
+        if reason is None:
+            after = Linear4bit.from_linear(before, codebook, block_size, double_quant, compute_dtype)
+            replace_module(model, name, after)
+            del before  # the dense weight goes before the next one is quantised
+            size_after = _own_bytes(after)
+            decisions.append(Decision(name, kind, shape, True, "linear layer", size, size_after))
+        else:
+            decisions.append(Decision(name, kind, shape, False, reason, size, size))
+    return ConversionReport(decisions)
+
+
+def _reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | None]:
+    """For every module with parameters of its own: why it is kept, or None to convert it."""
+    names = [name for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
+    everything = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(_matches(name, pattern) for name in everything):
+            raise ValueError(f"skip={pattern!r} matches no module of the model; correct or drop it")
+    owners: Counter[int] = Counter()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] += 1
+    tied = {key for key, count in owners.items() if count > 1}
+    return {name: _reason_to_keep(model, name, skip, tied) for name in names}
+
+
+def _reason_to_keep(
+    model: nn.Module, name: str, skip: Sequence[str], tied: set[int]
+) -> str | None:
+    module = model.get_submodule(name)
+    pattern = next((p for p in skip if _matches_or_lies_below(name, p)), None)
+    if pattern is not None:
+        return f"skip={pattern!r}"
+    if isinstance(module, Module4bit):
+        return "in 4 bits already"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return _why_not_linear(module)
+    if is_output_head(model, name):
+        return "output head"
+    if any(id(parameter) in tied for parameter in module.parameters(recurse=False)):
+        return "tied to another module"
+    if any(_matches_or_lies_below(name, p) for p in _kept_in_float32(model)):
+        return "the model keeps it in float32"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"weight is {module.weight.dtype}"
+    return "the model itself; use Linear4bit.from_linear" if name == "" else None
+
+
+def _why_not_linear(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return "a subclass of nn.Linear"
+    if any(parameter.dim() >= 3 for parameter in module.parameters(recurse=False)):
+        return "not a linear layer: a parameter of 3 or more dimensions"
+    return "not a linear layer"
+
+
+def _kept_in_float32(model: nn.Module) -> list[str]:
+    names: list[str] = []
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names += getattr(model, attribute, None) or []
+    return names
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _matches_or_lies_below(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(_matches(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{name}.weight holds values that are not finite; nothing was converted. "
+            f"Mend the weights, or keep the layer with skip=[{name!r}]"
+        )
+
+
+def _nothing_message(model: nn.Module, reasons: dict[str, str | None]) -> str:
+    seen = {f"{name or 'the model'}: {reason}" for name, reason in reasons.items()}
+    listed = "; ".join(sorted(seen)[:5]) or "it has no parameters"
+    return f"nothing to convert in a {type(model).__name__}: no nn.Linear is left ({listed})"
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = getattr(module, "weight", None)
+    tensor = weight if isinstance(weight, Tensor) else next(module.parameters(recurse=False))
+    return tuple(tensor.shape)
+
+
+def _own_bytes(module: nn.Module) -> int:
+    if isinstance(module, Module4bit):
+        bias = getattr(module, "bias", None)
+        return module.quantized_weight.nbytes + (0 if bias is None else _bytes(bias))
+    return sum(_bytes(parameter) for parameter in module.parameters(recurse=False))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

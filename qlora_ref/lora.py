@@ -1,0 +1,294 @@
+"""LoRA: a trainable product of two thin matrices on top of a frozen layer.
+
+    y = base(x) + s (dropout(x) A^T) B^T        A (r, K), B (N, r),  s = alpha / r
+
+Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1; QLoRA (arXiv 2305.14314), equation 5,
+which leaves out s; s = alpha / sqrt(r): Kalajdzievski, rsLoRA (arXiv 2312.03732).
+Read next: finetune.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
+from qlora_ref.module4bit import Module4bit
+from qlora_ref.quantized import QuantizationError, quantize
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a trainable low-rank update.
+
+    base     Linear4bit, nn.Linear or Conv1D: (..., K) to (..., N)
+    r        int     rank of the update, at least 1
+    alpha    float   the update is scaled by alpha / r, or alpha / sqrt(r) when rslora
+    dropout  float   probability of dropping an input of the update while training
+    rslora   bool
+    dtype    of A and B as kept and trained; they are multiplied in the dtype of x
+
+    B starts at 0, so that training starts from the base. Raises ValueError for r, alpha or dropout
+    out of range, TypeError for another kind of base.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r must be a whole number of at least 1, got {r!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be finite, got {alpha}")
+        self.base = base
+        self.out_features, self.in_features = _dense_shape(base)
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.dropout = nn.Dropout(dropout)
+        device = next(base.parameters()).device
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
+        nn.init.zeros_(self.lora_B.weight)
+        self.enabled = True
+        self.train(base.training)
+
+    @property
+    def scaling(self) -> float:
+        """s in the formula."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for model code that looks at its dtype or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N)."""
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        down = nn.functional.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
+        update = nn.functional.linear(down * self.scaling, self.lora_B.weight.to(x.dtype))
+        return y + update.to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight: s B A, float64 (N, K)."""
+        delta = self.lora_B.weight.detach().double() @ self.lora_A.weight.detach().double()
+        return delta * self.scaling
+
+    @overload
+    def merge(
+        self, to: Literal["float"] = "float", dtype: torch.dtype = torch.float32
+    ) -> nn.Linear: ...
+
+    @overload
+    def merge(
+        self, to: Literal["4bit"], dtype: torch.dtype = torch.float32
+    ) -> tuple[Linear4bit, QuantizationError]: ...
+
+    def merge(
+        self, to: str = "float", dtype: torch.dtype = torch.float32
+    ) -> nn.Linear | tuple[Linear4bit, QuantizationError]:
+        """One layer that does the work of base and adapter. The adapter itself is left as it is.
+
+        to       "float": W + s B A, summed in float64 on the restored W, rounded once to dtype
+                 "4bit":  that, quantised anew as the base is
+        returns  nn.Linear; or Linear4bit and the error that quantising the sum caused
+
+        The adapter was trained on top of the restored 4-bit W, so that is the W to add it to: on
+        the weight from before quantisation the sum would not be what was trained.
+        Raises ValueError for another `to`, TypeError for "4bit" when the base is dense.
+        """
+        if to not in ("float", "4bit"):
+            raise ValueError(f'to must be "float" or "4bit", got {to!r}')
+        merged = (_dense_weight(self.base).double() + self.delta()).to(dtype)
+        if to == "float":
+            return _linear(merged, self.bias, self.training)
+        if not isinstance(self.base, Linear4bit):
+            raise TypeError(f"the base is a {type(self.base).__name__}, not in 4 bits: merge to float")
+        layer = Linear4bit(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.compute_dtype, layer.bias = self.base.compute_dtype, self.base.bias
+        old = self.base.quantized_weight
+        levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
+        weight = quantize(merged, levels, old.block_size, old.double_quant)
+        layer.set_quantized_weight(weight.to(old.dtype))
+        return layer.train(self.training), weight.error(merged)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:.4g}, enabled={self.enabled}"
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `add_lora` did: the layers that got an adapter, and counts of parameters."""
+
+    layers: list[str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        return (
+            f"{len(self.layers)} adapters: {self.trainable:,} of {self.total:,} parameters "
+            f"are trained ({share:.2f} %)"
+        )
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    rslora: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LoraReport:
+    """Put a LoRA on a model's linear layers, in place, and freeze everything else.
+
+    targets  "all-linear": every Linear4bit; in a model without any, every linear layer but the
+             output head. A list: layers of these names, or ending in ".name". Another string: a
+             regular expression for the whole name.
+    r, alpha, dropout, rslora, dtype: as for `LoRA`
+    returns  LoraReport; a quantised weight counts as the values that it stands for
+
+    After it the adapters alone require gradients: biases, norms and embeddings do not.
+    Raises ValueError if nothing matches, or if the model has adapters already.
+    """
+    if any(isinstance(module, LoRA) for module in model.modules()):
+        raise ValueError("the model has adapters already: merge or remove them first")
+    names = _target_names(model, targets)
+    adapters = {
+        name: LoRA(model.get_submodule(name), r, alpha, dropout, rslora, dtype) for name in names
+    }
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        replace_module(model, name, adapter)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return LoraReport(names, trainable, count_parameters(model))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRA]:
+    """The adapters of a model, by the name of the layer that each sits on."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+def merge_lora(
+    model: nn.Module, to: Literal["float", "4bit"] = "float", dtype: torch.dtype = torch.float32
+) -> dict[str, QuantizationError]:
+    """Merge every adapter of a model, in place, one layer at a time; see `LoRA.merge`.
+
+    returns  for "4bit", the error that quantising each sum caused; for "float", nothing
+    Raises ValueError if the model has no adapters.
+    """
+    names = list(lora_layers(model))
+    if not names:
+        raise ValueError("the model has no adapters to merge")
+    errors: dict[str, QuantizationError] = {}
+    for name in names:
+        adapter = lora_layers(model)[name]
+        if to == "4bit":
+            layer, errors[name] = adapter.merge("4bit", dtype)
+            replace_module(model, name, layer)
+        else:
+            replace_module(model, name, adapter.merge(to, dtype))
+    return errors
+
+
+def set_adapters_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters of a model on or off; off, the model computes what its base does."""
+    for adapter in lora_layers(model).values():
+        adapter.enabled = enabled
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters inside a `with` block; each is as it was afterwards."""
+    before = {adapter: adapter.enabled for adapter in lora_layers(model).values()}
+    set_adapters_enabled(model, False)
+    try:
+        yield
+    finally:
+        for adapter, enabled in before.items():
+            adapter.enabled = enabled
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters; a quantised weight counts as the values that it stands for."""
+    packed = {id(m.weight): m.weight_shape.numel() for m in model.modules() if _is_4bit(m)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    if targets == "all-linear":
+        quantised = [name for name in linear if isinstance(model.get_submodule(name), Linear4bit)]
+        names = quantised or [name for name in linear if not is_output_head(model, name)]
+    elif isinstance(targets, str):
+        names = [name for name in linear if re.fullmatch(targets, name)]
+    else:
+        names = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if not names or "" in names:
+        raise ValueError(
+            f"no linear layer of the model matches the targets {targets!r}; "
+            f"its linear layers are {linear[:8]}{' ...' if len(linear) > 8 else ''}"
+        )
+    return names
+
+
+def is_output_head(model: nn.Module, name: str) -> bool:
+    """Whether a layer maps to the vocabulary: what transformers says it is, or called lm_head."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_output_embeddings() if callable(get_output_embeddings) else None
+    return model.get_submodule(name) is head or name.rpartition(".")[2] == "lm_head"
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return isinstance(module, Module4bit)
+
+
+def _dense_shape(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, Linear4bit):
+        return base.out_features, base.in_features
+    rows, columns = dense_parameters(base)[0].shape
+    return rows, columns
+
+
+def _dense_weight(base: nn.Module) -> Tensor:
+    if isinstance(base, Linear4bit):
+        return base.dequantize(torch.float32)
+    return dense_parameters(base)[0].detach()
+
+
+def _linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return layer.train(training)
