@@ -11,8 +11,7 @@ from qlora_ref.linear import Embedding4bit, Linear4bit
 from qlora_ref.lora import LoRA, LoraReport, add_lora, merge_lora
 from qlora_ref.optim import AdamW
 from qlora_ref.quantized import QuantizationError, QuantizedTensor, quantize
-
-__version__ = "0.1.0"
+from qlora_ref.version import __version__
 
 __all__ = [
     "AdamW",
@@ -23,6 +22,7 @@ __all__ = [
     "LoraReport",
     "QuantizationError",
     "QuantizedTensor",
+    "__version__",
     "add_lora",
     "codebooks",
     "convert_model",

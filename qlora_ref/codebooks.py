@@ -67,7 +67,7 @@ def _normal_quantiles(offset: float, count: int) -> Tensor:
 
 
 def nf4_codebook() -> Tensor:
-    """The 4-bit normal float of QLoRA: `normal_float_codebook(4)`, 7 negative levels, 0, 8 positive.
+    """QLoRA's 4-bit normal float, `normal_float_codebook(4)`: 7 negative levels, 0, 8 positive.
 
     returns  float32 (16,) ascending; equal bit for bit to the paper's Appendix E and bitsandbytes.
     """
@@ -86,7 +86,9 @@ def fp4_codebook() -> Tensor:
 
     returns  float32 (16,) in code order: sign, e, m from the high bit to the low.
     """
-    magnitudes = [m / 16 if e == 0 else 2.0 ** (4 - e) * (1 + m / 2) for e in range(4) for m in (0, 1)]
+    magnitudes = [
+        m / 16 if e == 0 else 2.0 ** (4 - e) * (1 + m / 2) for e in range(4) for m in (0, 1)
+    ]
     return _signed(magnitudes)
 
 
@@ -97,7 +99,9 @@ def fp4_ocp_codebook() -> Tensor:
 
     returns  float32 (16,) in code order: sign, e, m from the high bit to the low.
     """
-    magnitudes = [m / 2 if e == 0 else 2.0 ** (e - 1) * (1 + m / 2) for e in range(4) for m in (0, 1)]
+    magnitudes = [
+        m / 2 if e == 0 else 2.0 ** (e - 1) * (1 + m / 2) for e in range(4) for m in (0, 1)
+    ]
     return _signed(magnitudes)
 
 
@@ -197,7 +201,9 @@ def as_codebook(levels: Tensor | Sequence[float]) -> Tensor:
             f"a codebook must be a name or a sequence of numbers, got {type(levels).__name__}"
         ) from error
     if table.dim() != 1 or not 2 <= table.numel() <= CODES_4BIT:
-        raise ValueError(f"a codebook must be 1-D with 2 to 16 levels, got shape {tuple(table.shape)}")
+        raise ValueError(
+            f"a codebook must be 1-D with 2 to 16 levels, got shape {tuple(table.shape)}"
+        )
     if not torch.isfinite(table).all():
         bad = int((~torch.isfinite(table)).nonzero()[0])
         raise ValueError(f"the levels of a codebook must be finite, level {bad} is {table[bad]}")
@@ -205,7 +211,7 @@ def as_codebook(levels: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(f"a codebook must contain the level 0, got {table.tolist()}")
     if table.abs().max() != 1:
         raise ValueError(
-            "the largest magnitude in a codebook must be 1, since a block is divided by its absmax: "
+            "the largest magnitude in a codebook must be 1, as a block is divided by its absmax: "
             f"got {table.abs().max():.9g}; divide the levels by it"
         )
     return torch.cat([table + 0.0, torch.zeros(CODES_4BIT - table.numel())])  # -0 + 0 is +0

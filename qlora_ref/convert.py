@@ -95,7 +95,9 @@ def convert_model(
         before = model.get_submodule(name)
         kind, shape, size = type(before).__name__, _shape(before), _own_bytes(before)
         if reason is None:
-            after = Linear4bit.from_linear(before, codebook, block_size, double_quant, compute_dtype)
+            after = Linear4bit.from_linear(
+                before, codebook, block_size, double_quant, compute_dtype
+            )
             replace_module(model, name, after)
             del before  # the dense weight goes before the next one is quantised
             size_after = _own_bytes(after)
@@ -119,9 +121,7 @@ def _reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | N
     return {name: _reason_to_keep(model, name, skip, tied) for name in names}
 
 
-def _reason_to_keep(
-    model: nn.Module, name: str, skip: Sequence[str], tied: set[int]
-) -> str | None:
+def _reason_to_keep(model: nn.Module, name: str, skip: Sequence[str], tied: set[int]) -> str | None:
     module = model.get_submodule(name)
     pattern = next((p for p in skip if _matches_or_lies_below(name, p)), None)
     if pattern is not None:

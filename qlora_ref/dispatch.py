@@ -70,7 +70,7 @@ class force_backend:  # noqa: N801  (used as a function and as a context manager
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `backend` would run (None: the forced one cannot), `reasons` say why."""
+    """`backend` would run (None: the forced one cannot); `reasons` say why, for each backend."""
 
     operation: str
     device: str
@@ -113,8 +113,8 @@ def select(operation: str, device: torch.device) -> Callable[..., Any]:
         obstacle = _obstacle(forced, operation, device.type)
         if obstacle is not None:
             raise native.BackendUnavailable(
-                f"the backend {forced!r} is forced but cannot run {operation} on {device}: {obstacle}. "
-                "Lift it with force_backend(None), or see `qlora-ref doctor`"
+                f"the backend {forced!r} is forced but cannot run {operation} on {device}: "
+                f"{obstacle}. Lift it with force_backend(None), or see `qlora-ref doctor`"
             )
         return _load(forced, operation)
     return _load(_preferred(operation, device.type), operation)

@@ -45,7 +45,11 @@ def _replace(aside: Path, path: Path) -> None:
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         _remove(old)
         path.rename(old)
-        aside.rename(path)
+        try:
+            aside.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         _remove(old)
     else:
         os.replace(aside, path)

@@ -71,13 +71,14 @@ class Linear4bit(Module4bit, nn.Linear):
         rows, columns = weight.shape
         layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, device="meta")
         layer.set_quantized_weight(quantize(weight.detach(), codebook, block_size, double_quant))
-        layer.bias = bias
+        layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and self.compute_dtype is None
+        can_autocast = torch.amp.is_autocast_available(device)  # not on meta
+        autocast = can_autocast and torch.is_autocast_enabled(device) and self.compute_dtype is None
         dtype = torch.get_autocast_dtype(device) if autocast else self.compute_dtype or x.dtype
         y = ops.matmul_4bit(
             x.to(dtype),

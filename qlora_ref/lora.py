@@ -125,8 +125,12 @@ class LoRA(nn.Module):
         if to == "float":
             return _linear(merged, self.bias, self.training)
         if not isinstance(self.base, Linear4bit):
-            raise TypeError(f"the base is a {type(self.base).__name__}, not in 4 bits: merge to float")
-        layer = Linear4bit(self.in_features, self.out_features, self.bias is not None, device="meta")
+            raise TypeError(
+                f"the base is a {type(self.base).__name__}, not in 4 bits: merge to float"
+            )
+        layer = Linear4bit(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
         layer.compute_dtype, layer.bias = self.base.compute_dtype, self.base.bias
         old = self.base.quantized_weight
         levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
@@ -201,8 +205,8 @@ def merge_lora(
     Raises ValueError if the model has no adapters.
     """
     names = list(lora_layers(model))
-    if not names:
-        raise ValueError("the model has no adapters to merge")
+    if not names or names == [""]:
+        raise ValueError("the model has no adapters to merge; of a single LoRA, call its merge()")
     errors: dict[str, QuantizationError] = {}
     for name in names:
         adapter = lora_layers(model)[name]
@@ -234,7 +238,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters; a quantised weight counts as the values that it stands for."""
-    packed = {id(m.weight): m.weight_shape.numel() for m in model.modules() if _is_4bit(m)}
+    layers = [module for module in model.modules() if isinstance(module, Module4bit)]
+    packed = {id(layer.weight): layer.weight_shape.numel() for layer in layers}
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
@@ -245,7 +250,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    # No other subclasses: nn.MultiheadAttention reads out_proj.weight, past any adapter.
+    kinds = (nn.Linear, Linear4bit)
+    linear = [name for name, m in model.named_modules() if type(m) in kinds or is_conv1d(m)]
     if targets == "all-linear":
         quantised = [name for name in linear if isinstance(model.get_submodule(name), Linear4bit)]
         names = quantised or [name for name in linear if not is_output_head(model, name)]
@@ -266,10 +273,6 @@ def is_output_head(model: nn.Module, name: str) -> bool:
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if callable(get_output_embeddings) else None
     return model.get_submodule(name) is head or name.rpartition(".")[2] == "lm_head"
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return isinstance(module, Module4bit)
 
 
 def _dense_shape(base: nn.Module) -> tuple[int, int]:

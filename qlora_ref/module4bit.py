@@ -7,6 +7,7 @@ and `state_dict` has bitsandbytes' keys (tensor_format.py).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,12 @@ class Module4bit(nn.Module):
                 return
             device = self.weight.device
             if device.type != "meta":  # a layer without storage takes over the file's
-                stored = stored.to(device)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                stored = stored.to(device) if assign else copy.deepcopy(stored.to(device))
             self.set_quantized_weight(stored)
+            # bitsandbytes may store the bytes as another dtype (`quant_storage`); nn.Module
+            # compares what it is given with the parameter, which is uint8 by now.
+            state_dict = {**state_dict, name: self.weight.detach()}
         unexpected: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs

@@ -1,4 +1,4 @@
-"""The compiled libraries: finds them, declares their C functions, turns error codes into exceptions."""
+"""Finds the compiled libraries, declares their functions, turns error codes into exceptions."""
 
 from __future__ import annotations
 

@@ -168,8 +168,8 @@ def matmul_4bit(
     bias             dtype of x (N,) or None  not with transposed
     transposed       bool                     the gradient of the product with respect to its input
     nested_absmax    float32 (ceil(blocks / 256),)   these three together: scales are
-    nested_codebook  float32 (256,)                  nested_codebook[absmax] * nested_absmax + offset,
-    offset           float32 ()                      a product and a sum, each rounded to float32
+    nested_codebook  float32 (256,)                  nested_codebook[absmax] * nested_absmax
+    offset           float32 ()                      + offset, each step rounded to float32
     returns          dtype of x (..., N)             (..., K) when transposed
 
     W is restored as by `dequantize_4bit` and rounded once to the dtype of x; products are summed in
@@ -241,7 +241,8 @@ def adamw_step(
     level in blocks of 256. Where gradient and moments are 0, p only decays.
 
     Raises TypeError for dtypes, ValueError for sizes.
-    Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; Dettmers et al. (arXiv 2110.02861).
+    Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; 8-bit: Dettmers et al. (arXiv
+    2110.02861).
     """
     check_moments(params, grads, first_moments, second_moments)
     eight_bit = check_absmaxes(

@@ -80,7 +80,9 @@ class AdamW(torch.optim.Optimizer):
         """Count the step of each parameter, after giving it a state of zeros if it has none."""
         for param in params:
             if param.grad is not None and param.grad.is_sparse:
-                raise ValueError("AdamW takes dense gradients; use torch.optim.SparseAdam for sparse")
+                raise ValueError(
+                    "AdamW takes dense gradients; use torch.optim.SparseAdam for sparse"
+                )
             state = self.state[param]
             if not state:
                 state.update(_zero_state(param, state_bits))
@@ -90,7 +92,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_alike(self, params: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[param] for param in params]
         names = _TENSORS[group["state_bits"]]
-        tensors = [[state[name] for state in states] for name in names]
+        tensors: list[Any] = [[state[name] for state in states] for name in names]
         if group["state_bits"] == 8:
             device = params[0].device
             tensors += [dynamic_codebook(True).to(device), dynamic_codebook(False).to(device)]
@@ -110,11 +112,13 @@ class AdamW(torch.optim.Optimizer):
         """Continue from a saved state. Raises ValueError if it does not fit these parameters."""
         params = [param for group in self.param_groups for param in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        saved = [(p, state_dict["state"][k]) for p, k in zip(params, keys) if k in state_dict["state"]]
+        saved = [
+            (p, state_dict["state"][k]) for p, k in zip(params, keys) if k in state_dict["state"]
+        ]
         for param, state in saved:
             _check_state(param, state)
         super().load_state_dict(state_dict)
-        # PyTorch casts a state's tensors to the dtype of the parameter. Codes and scales keep theirs.
+        # PyTorch has cast the state to the dtype of the parameter. Codes and scales keep theirs.
         for param, state in saved:
             self.state[param] = {
                 key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value

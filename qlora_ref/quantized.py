@@ -26,7 +26,7 @@ class QuantizationError:
 
     mse     float  mean of the squared differences
     max     float  largest difference
-    snr_db  float  10 log10(sum x^2 / sum difference^2), in decibels; inf when there is no difference
+    snr_db  float  10 log10(sum x^2 / sum difference^2), in decibels; inf without a difference
     """
 
     mse: float
@@ -91,9 +91,14 @@ class QuantizedTensor:
         return scales + self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The restored tensor, in `dtype` or in the dtype of the original. See ops.dequantize_4bit."""
+        """The restored tensor, in `dtype` or in that of the original. See ops.dequantize_4bit."""
         return ops.dequantize_4bit(
-            self.packed, self.absmax, self.codebook, self.block_size, self.shape, dtype or self.dtype
+            self.packed,
+            self.absmax,
+            self.codebook,
+            self.block_size,
+            self.shape,
+            dtype or self.dtype,
         )
 
     def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -123,7 +128,7 @@ class QuantizedTensor:
 
     @property
     def bits_per_parameter(self) -> float:
-        """8 nbytes / n: for blocks of 64, 4.5, or 4 + 8/64 + 32/(64 * 256) = 4.127 double-quantised."""
+        """8 nbytes / n. In blocks of 64: 4.5, double-quantised 4 + 8/64 + 32/(64 * 256) = 4.127."""
         return 8 * self.nbytes / self.numel() if self.numel() else 0.0
 
     def error(self, x: Tensor) -> QuantizationError:

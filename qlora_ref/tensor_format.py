@@ -15,7 +15,6 @@ other key would make it read them as NF4.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ref.checks import FLOAT_DTYPES
-from qlora_ref.codebooks import CODEBOOKS, DYNAMIC_BLOCK_SIZE, resolve_codebook
+from qlora_ref.checks import FLOAT_DTYPES, check_table
+from qlora_ref.codebooks import CODEBOOKS, CODES_4BIT, DYNAMIC_BLOCK_SIZE, resolve_codebook
 from qlora_ref.files import written_aside
 from qlora_ref.quantized import QuantizedTensor
 
@@ -48,7 +47,8 @@ def to_tensors(tensor: QuantizedTensor, name: str = "weight") -> dict[str, Tenso
         parts["nested_quant_map"] = tensor.nested_codebook
         state["nested_blocksize"] = DYNAMIC_BLOCK_SIZE
         state["nested_dtype"] = "float32"
-        state["nested_offset"] = tensor.offset.item()
+        on_meta = tensor.device.type == "meta"  # there are keys there, but no values
+        state["nested_offset"] = 0.0 if on_meta else tensor.offset.item()
     parts[_state_key(tensor.codebook_name)] = _json_tensor(state, tensor.device)
     named = {f"{name}.{key}": part for key, part in parts.items()}
     return {name: tensor.packed.reshape(-1, 1), **named}
@@ -95,7 +95,7 @@ def save(tensor: QuantizedTensor, path: Path | str) -> None:
 
 
 def load(path: Path | str) -> QuantizedTensor:
-    """Read the one 4-bit tensor of a safetensors file. Raises ValueError if there is not just one."""
+    """Read the one 4-bit tensor of a safetensors file; ValueError if there is not just one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -124,8 +124,8 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
     if len(keys) != 1:
         raise ValueError(f"expected one key {name}.quant_state.*, got {keys or 'none'}")
     try:
-        state = json.loads(bytes(tensors[keys[0]].to(torch.uint8).cpu().tolist()))
-    except ValueError as error:
+        state = json.loads(bytes(tensors[keys[0]].flatten().to(torch.uint8).cpu().tolist()))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{keys[0]} is not JSON: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{keys[0]} must hold a JSON object, got {type(state).__name__}")
@@ -142,6 +142,8 @@ def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _read_codebook(state: dict[str, Any], levels: Tensor | None) -> tuple[str, Tensor]:
     name = str(state["quant_type"])
+    if levels is not None:
+        check_table("quant_map", levels, CODES_4BIT)
     if name in CODEBOOKS:
         codebook = resolve_codebook(name)[1]
         # 1e-6 admits tables that another library computed or rounded a little differently.
@@ -160,10 +162,12 @@ def _read_nested(state: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, T
         raise ValueError("nested_absmax without nested_quant_map")
     block_size, dtype = state.get("nested_blocksize"), state.get("nested_dtype")
     if block_size != DYNAMIC_BLOCK_SIZE or dtype != "float32":
-        raise ValueError(f"nested scales must be float32 in blocks of 256, got {dtype}, {block_size}")
+        raise ValueError(
+            f"nested scales must be float32 in blocks of 256, got {dtype}, {block_size}"
+        )
     offset = state.get("nested_offset")
-    if not isinstance(offset, (int, float)) or not math.isfinite(offset):
-        raise ValueError(f"nested_offset must be a finite number, got {offset!r}")
+    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"nested_offset must be a finite float32, got {offset!r}")
     nested_absmax = parts["nested_absmax"]
     return {
         "nested_absmax": nested_absmax,
@@ -174,14 +178,16 @@ def _read_nested(state: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, T
 
 def _positive_int(state: dict[str, Any], key: str) -> int:
     value = state.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or not 1 <= value < 2**63:
         raise ValueError(f"{key} must be a positive whole number, got {value!r}")
     return value
 
 
 def _read_shape(state: dict[str, Any]) -> torch.Size:
     shape = state.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
+    if not isinstance(shape, list) or not all(
+        isinstance(size, int) and 0 <= size < 2**63 for size in shape
+    ):
         raise ValueError(f"shape must be a list of whole numbers, got {shape!r}")
     return torch.Size(shape)
 

@@ -172,9 +172,7 @@ class _Matmul4bit(torch.autograd.Function):
         return torch.ops.qlora_ref.matmul_4bit.default(*arguments)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, *arguments: Any
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
         for argument, dim in zip(arguments, in_dims[1:]):
             if isinstance(argument, Tensor) and dim is not None:
                 raise ValueError("vmap over matmul_4bit works over x, not over the weight or bias")

@@ -1,4 +1,4 @@
-"""What every blockwise quantiser does: find each block's absmax, divide by it, take the nearest level."""
+"""What every blockwise quantiser does: divide each block by its absmax, take the nearest level."""
 
 from __future__ import annotations
 

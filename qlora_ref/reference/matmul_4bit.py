@@ -30,9 +30,9 @@ def matmul_4bit(
     offset: Tensor | None,
 ) -> Tensor:
     """See ops.matmul_4bit."""
-    if nested_absmax is not None:
-        absmax = offset + dequantize_8bit(
-            absmax, nested_absmax, nested_codebook, DYNAMIC_BLOCK_SIZE, torch.float32
-        )
+    if nested_absmax is not None and nested_codebook is not None and offset is not None:
+        decoded = (absmax, nested_absmax, nested_codebook, DYNAMIC_BLOCK_SIZE, torch.float32)
+        absmax = dequantize_8bit(*decoded) + offset
     weight = dequantize_4bit(packed, absmax, codebook, block_size, shape, x.dtype)  # (N, K)
-    return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # the dtype of x decides, as in the kernels
+        return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)

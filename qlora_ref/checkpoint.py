@@ -1,0 +1,245 @@
+"""Checkpoints of 4-bit models in bitsandbytes' format, one shard at a time.
+
+A directory holds config.json and model.safetensors, or several shards and their index, as
+transformers writes them. Every 4-bit weight is stored as tensor_format.py says. Adapters have a
+file of their own: adapter.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ref import tensor_format
+from qlora_ref.files import written_aside
+from qlora_ref.linear import Embedding4bit, Linear4bit
+from qlora_ref.lora import lora_layers, replace_module
+from qlora_ref.module4bit import Module4bit
+from qlora_ref.quantized import QuantizedTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a model with 4-bit layers to a directory, aside, then renamed.
+
+    bitsandbytes and transformers read it where the codebooks are nf4 and fp4. config.json is
+    written when the model has a `config`; a tokenizer saves itself.
+    Raises ValueError for a model that has adapters (merge them, or save_adapter them) or no 4-bit
+    layer, and OSError when the disk is full, with nothing overwritten.
+    """
+    if lora_layers(model):
+        raise ValueError(
+            "the model has adapters: merge them first, or write them with save_adapter"
+        )
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Module4bit)}
+    if not layers:
+        raise ValueError("the model has no 4-bit layer: convert_model it first")
+    shards = _shards(_distinct(model.state_dict()), max_shard_bytes)
+    with written_aside(directory) as aside:
+        aside.mkdir()
+        _write_shards(shards, aside)
+        config = getattr(model, "config", None)
+        if config is not None:
+            text = {**config.to_dict(), "quantization_config": _quantization_config(layers)}
+            (aside / "config.json").write_text(json.dumps(text, indent=2, default=str) + "\n")
+
+
+def load_model_state(model: nn.Module, directory: Path | str) -> None:
+    """Fill a model from a 4-bit checkpoint: layers stored in 4 bits are replaced, one at a time.
+
+    Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
+    """
+    dense_missing = set(_distinct(model.state_dict()))
+    for file in checkpoint_files(directory):
+        with _opened(file) as tensors:
+            keys = list(tensors.keys())
+            groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
+            for name, group in groups.items():
+                stored = {key: tensors.get_tensor(key) for key in group}
+                _install(model, name, tensor_format.from_tensors(stored, name), file)
+                dense_missing.discard(name)
+            grouped = {key for group in groups.values() for key in group}
+            for key in keys:
+                if key not in grouped:
+                    _copy(model, key, tensors.get_tensor(key), file)
+                    dense_missing.discard(key)
+    if dense_missing:
+        raise ValueError(
+            f"{directory} lacks {sorted(dense_missing)[:5]}: a checkpoint of another model"
+        )
+
+
+def checkpoint_files(path: Path | str) -> list[Path]:
+    """The safetensors files of a checkpoint: of a directory, or the one file itself.
+
+    Raises ValueError if there is none, or if the index names a shard that is not there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path / INDEX} is not an index of shards: {error}") from error
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise ValueError(f"{path} lacks the shards {missing} that its index names")
+        return [path / shard for shard in shards]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
+
+
+def stored_tensors(path: Path | str) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+    """Every tensor of a checkpoint by name, one at a time; 4-bit ones as QuantizedTensor."""
+    for file in checkpoint_files(path):
+        with _opened(file) as tensors:
+            keys = list(tensors.keys())
+            grouped: set[str] = set()
+            for name in tensor_format.stored_names(keys):
+                group = _keys_of(name, keys)
+                grouped |= set(group)
+                stored = {key: tensors.get_tensor(key) for key in group}
+                yield name, tensor_format.from_tensors(stored, name)
+            for key in keys:
+                if key not in grouped:
+                    yield key, tensors.get_tensor(key)
+
+
+def is_quantized_checkpoint(directory: Path | str) -> bool:
+    """Whether a directory's config.json says that its linear layers are in 4 bits."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") or {}
+    return bool(quantization.get("load_in_4bit") or quantization.get("quant_method") == "qlora_ref")
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _keys_of(name: str, keys: list[str]) -> list[str]:
+    return [key for key in keys if key == name or key.startswith(f"{name}.")]
+
+
+def _install(model: nn.Module, name: str, weight: QuantizedTensor, file: Path) -> None:
+    module_name, _, parameter = name.rpartition(".")
+    try:
+        old = model.get_submodule(module_name)
+    except AttributeError as error:
+        raise ValueError(f"{file}: {name} belongs to no module of the model") from error
+    layer = _layer_for(old)
+    if layer is None or parameter != "weight":
+        raise ValueError(
+            f"{file}: {name} is in 4 bits, but the model has a {type(old).__name__} there"
+        )
+    if layer.weight_shape != weight.shape:
+        raise ValueError(
+            f"{file}: {name} must have shape {tuple(layer.weight_shape)}, got {tuple(weight.shape)}"
+        )
+    layer.set_quantized_weight(weight.to(old.weight.device))  # type: ignore[arg-type]
+    if layer is not old:
+        replace_module(model, module_name, layer.train(old.training))
+
+
+def _layer_for(old: nn.Module) -> Module4bit | None:
+    if isinstance(old, Module4bit):
+        return old
+    if isinstance(old, nn.Linear):
+        layer = Linear4bit(old.in_features, old.out_features, old.bias is not None, device="meta")
+        layer.bias = old.bias
+        return layer
+    if isinstance(old, nn.Embedding):
+        return Embedding4bit(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta")
+    return None
+
+
+def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
+    module_name, _, leaf = key.rpartition(".")
+    try:
+        target = getattr(model.get_submodule(module_name), leaf)
+    except AttributeError as error:
+        raise ValueError(f"{file}: {key} belongs to no module of the model") from error
+    if target.shape != value.shape:
+        raise ValueError(
+            f"{file}: {key} must have shape {tuple(target.shape)}, got {tuple(value.shape)}"
+        )
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with tied tensors under their first name only, as files hold them."""
+    seen: set[tuple[int, torch.Size]] = set()
+    distinct = {}
+    for key, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        distinct[key] = tensor
+    return distinct
+
+
+def _shards(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Cut a state dict into shards of at most max_shard_bytes; no 4-bit weight is torn apart."""
+    names = tensor_format.stored_names(state)
+    owner = {key: name for name in names for key in _keys_of(name, list(state))}
+    shards: list[dict[str, Tensor]] = [{}]
+    size, last_owner = 0, ""
+    for key, tensor in sorted(state.items(), key=lambda item: owner.get(item[0], item[0])):
+        size += tensor.numel() * tensor.element_size()
+        if size > max_shard_bytes and shards[-1] and owner.get(key) != last_owner:
+            shards.append({})
+            size = tensor.numel() * tensor.element_size()
+        shards[-1][key] = tensor.detach().cpu().contiguous()
+        last_owner = owner.get(key, key)
+    return shards
+
+
+def _write_shards(shards: list[dict[str, Tensor]], directory: Path) -> None:
+    from safetensors.torch import save_file
+
+    if len(shards) == 1:
+        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _quantization_config(layers: dict[str, Module4bit]) -> dict[str, Any]:
+    """What config.json says of the 4-bit layers, in the words of BitsAndBytesConfig."""
+    first = next(iter(layers.values()))
+    names = {layer.codebook_name for layer in layers.values()}
+    if not names <= set(tensor_format.SHARED_WITH_BITSANDBYTES):
+        return {"quant_method": "qlora_ref", "codebooks": sorted(names)}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": first.codebook_name,
+        "bnb_4bit_use_double_quant": first.weight_nested_absmax is not None,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": str(first.weight_dtype).removeprefix("torch."),
+    }

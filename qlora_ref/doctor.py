@@ -1,0 +1,78 @@
+"""What was found on this machine, which backend serves each operation and why, how to mend it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+from qlora_ref.dispatch import OPERATIONS, explain, forced_backend
+
+_PACKAGES = {
+    "numpy": "needed",
+    "safetensors": "needed to save and load",
+    "transformers": "needed by finetune: pip install 'qlora_ref[train]'",
+    "gguf": "needed for GGUF files: pip install 'qlora_ref[train]'",
+    "matplotlib": "needed for pictures: pip install 'qlora_ref[train]'",
+    "triton": "needed by the triton backend: pip install triton",
+    "peft": "not needed; reads and writes the same adapters",
+    "bitsandbytes": "not needed; reads and writes the same checkpoints",
+}
+
+
+def diagnose() -> dict[str, Any]:
+    """Facts by section, for JSON or for reading; never raises for what is missing."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "machine": _machine(),
+        "packages": {name: _version(name) or f"absent ({why})" for name, why in _PACKAGES.items()},
+        "tools": {tool: shutil.which(tool) or "absent" for tool in ("g++", "clang++", "nvcc")},
+        "forced_backend": forced_backend(),
+        "operations": {
+            device: {name: _serves(name, device) for name in OPERATIONS} for device in devices
+        },
+        "advice": _advice(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": cuda,
+    }
+
+
+def _serves(operation: str, device: str) -> dict[str, Any]:
+    explanation = explain(operation, device)
+    return {"backend": explanation.backend, "reasons": explanation.reasons}
+
+
+def _advice() -> list[str]:
+    advice = []
+    if explain("quantize_4bit").reasons["cpu"] not in ("runs", "reference is forced"):
+        has_compiler = any(shutil.which(tool) for tool in ("g++", "clang++", "c++"))
+        advice.append(
+            "the C++ kernels are not there: "
+            + ("reinstall the package to build them" if has_compiler else "install a C++ compiler")
+        )
+    if _version("transformers") is None:
+        advice.append("to fine-tune: pip install 'qlora_ref[train]'")
+    if (forced := forced_backend()) is not None:
+        advice.append(f"{forced} is forced; unset QLORA_REF_BACKEND for the default")
+    return advice
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,173 @@
+"""Where the memory of a fine-tune goes: measured, beside what arithmetic says it should be."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
+from qlora_ref.data import IGNORED_LABEL
+from qlora_ref.evaluate import summed_loss
+from qlora_ref.lora import lora_layers
+from qlora_ref.module4bit import Module4bit
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes of one kind, measured and by the formula; None where no formula is claimed."""
+
+    name: str
+    measured: int
+    expected: int | None
+    formula: str
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """The items of `memory_report`; print it as a table."""
+
+    items: list[Item]
+
+    @property
+    def total(self) -> int:
+        """Measured bytes of all items."""
+        return sum(item.measured for item in self.items)
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        """For JSON."""
+        return [asdict(item) for item in self.items]
+
+    def __str__(self) -> str:
+        lines = [f"{'':<20}{'measured':>12}{'formula':>12}"]
+        for item in self.items:
+            expected = "" if item.expected is None else f"{item.expected / 1e6:.2f} MB"
+            measured = f"{item.measured / 1e6:.2f} MB"
+            lines.append(f"{item.name:<20}{measured:>12}{expected:>12}  {item.formula}")
+        return "\n".join([*lines, f"{'together':<20}{f'{self.total / 1e6:.2f} MB':>12}"])
+
+
+def memory_report(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> MemoryReport:
+    """Count what a training step on this batch holds.
+
+    Codes, scales, the parameters outside them, adapters, their gradients and the optimizer's state
+    are counted from the tensors; activations are all tensors that a forward made and that are
+    alive at its end, when the backward begins. One forward is run.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Module4bit)]
+    adapters = lora_layers(model).values()
+    values = sum(layer.weight_shape.numel() for layer in layers)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rank_sum = sum(a.r * (a.in_features + a.out_features) for a in adapters)
+    width = trained[0].element_size() if trained else 4
+    bits = optimizer.param_groups[0].get("state_bits", 32)
+    state_bytes = rank_sum * 8 if bits == 32 else rank_sum * 2 + rank_sum * 8 // DYNAMIC_BLOCK_SIZE
+    state_formula = "8 r (N + K)" if bits == 32 else "(2 + 8 / 256) r (N + K)"
+    dense = [
+        p for p in _distinct(model.parameters()) if not p.requires_grad and p.is_floating_point()
+    ]
+    states = (tensor for state in optimizer.state.values() for tensor in state.values())
+    return MemoryReport(
+        [
+            Item("4-bit codes", _size(layer.weight for layer in layers), values // 2, "n / 2"),
+            _scales_item(layers),
+            Item("other weights", _size(dense), None, "embeddings, norms, output head"),
+            Item("adapters", _size(trained), rank_sum * width, f"{width} r (N + K)"),
+            Item("gradients", _size(trained), rank_sum * width, f"{width} r (N + K)"),
+            Item("optimizer state", _size(states), state_bytes, state_formula),
+            _activations_item(model, batch),
+        ]
+    )
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of living tensors that operations inside a `with` block made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes alive now."""
+        return sum(self._sizes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in _tensors(outputs):
+            storage = tensor.untyped_storage()
+            # A view or an in-place result shares the storage of what went in.
+            if id(storage) not in inputs and id(storage) not in self._sizes:
+                self._sizes[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, id(storage), None)
+        return outputs
+
+
+def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes that a forward in training mode leaves alive for its backward."""
+    training = model.training
+    model.train()
+    with LiveTensors() as live:
+        loss, _ = summed_loss(model, batch)
+        alive = live.nbytes
+    del loss
+    model.train(training)
+    return alive
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _scales_item(layers: list[Module4bit]) -> Item:
+    measured = sum(m.quantized_weight.nbytes - m.weight.numel() for m in layers)
+    expected = 0
+    for layer in layers:
+        blocks = layer.weight_shape.numel() / layer.block_size
+        nested = layer.weight_nested_absmax is not None
+        expected += round(blocks * (1 + 4 / DYNAMIC_BLOCK_SIZE) + 4 if nested else blocks * 4)
+    double_quantised = any(layer.weight_nested_absmax is not None for layer in layers)
+    formula = "n / 64 (1 + 4 / 256) + 4 a layer" if double_quantised else "4 n / 64"
+    if layers:
+        formula = formula.replace("64", str(layers[0].block_size))
+    return Item("scales", measured, expected, formula)
+
+
+def _activations_item(model: nn.Module, batch: dict[str, Tensor]) -> Item:
+    measured = activation_bytes(model, batch)
+    config = getattr(model, "config", None)
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if config is None or not checkpointed:
+        return Item("activations", measured, None, "without checkpointing: every layer's own")
+    # Checkpointing keeps the input of each layer and of the final norm; the loss keeps the float32
+    # log-probabilities of the rows that have a target.
+    tokens = batch["input_ids"].numel()
+    targets = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    hidden = tokens * (config.num_hidden_layers + 1) * config.hidden_size * width
+    formula = f"{width} tokens (layers + 1) d + 4 targets V"
+    return Item("activations", measured, hidden + 4 * targets * config.vocab_size, formula)
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _size(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

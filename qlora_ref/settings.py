@@ -1,0 +1,92 @@
+"""What a fine-tune is made of, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+OPTIMIZERS = {"adamw": 32, "adamw_8bit": 8}  # name -> bits of its state
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fine-tune is made of. Lengths are in tokens, sizes of batches in sequences."""
+
+    model: str
+    data: str
+    codebook: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: str = "auto"  # auto, float32 or bfloat16
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    rslora: bool = False
+    targets: str | list[str] = "all-linear"
+    steps: int = 100
+    batch_size: int = 1
+    accumulation: int = 1
+    length: int = 512
+    packing: bool = False
+    group_by_length: bool = True
+    learning_rate: float = 2e-4
+    schedule: str = "constant"
+    warmup: float = 0.03  # share of the steps over which the learning rate rises
+    max_grad_norm: float = 0.3
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+    held_out: float = 0.1  # share of the text
+    evaluation_sequences: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a name; "auto" is bfloat16 where the device multiplies it natively."""
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The learning rate of a step, from 0: linear warm-up, then constant or half a cosine."""
+    warmup = math.ceil(settings.warmup * settings.steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _check_settings(settings: Settings) -> None:
+    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+    for name, allowed in choices.items():
+        if getattr(settings, name) not in allowed:
+            raise ValueError(
+                f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}"
+            )
+    if settings.compute_dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(
+            f"compute_dtype must be auto, float32 or bfloat16, got {settings.compute_dtype!r}"
+        )
+    for name in ("steps", "batch_size", "accumulation", "evaluation_sequences"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(settings, name)}")
+    if not 0 <= settings.warmup <= 1:
+        raise ValueError(f"warmup is a share of the steps, from 0 to 1, got {settings.warmup}")

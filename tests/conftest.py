@@ -1,0 +1,74 @@
+"""Fixtures: every test of an operation runs on each backend that this machine has.
+
+A test module of an operation names it in `OPERATION`; a test that takes the fixture `backend` is
+then collected once for each backend that can run it here, `reference` always among them. What is
+missing is said in the header of the run, not in a skip per test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from qlora_ref import dispatch
+from qlora_ref.dispatch import explain, force_backend
+
+# The same examples in each run: a failure that chance found once must not be able to hide again.
+# The fixture `backend` only sets a name, so that sharing it between examples is sound.
+settings.register_profile(
+    "qlora_ref",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("qlora_ref")
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tensors are in these tests."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def obstacle(backend: str, operation: str) -> str | None:
+    """Why a backend cannot run an operation on this machine; None if it can."""
+    with force_backend(backend):
+        explanation = explain(operation, device_of(backend))
+    return None if explanation.backend == backend else explanation.reasons[backend]
+
+
+def available_backends(operation: str) -> list[str]:
+    return ["reference"] + [
+        name for name in ("cpu", "triton", "cuda") if obstacle(name, operation) is None
+    ]
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    for operation in dispatch.OPERATIONS:
+        for backend in ("cpu", "triton", "cuda"):
+            if (why := obstacle(backend, operation)) is not None:
+                lines.append(f"not tested here: {operation} on {backend}: {why}")
+    return lines
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = available_backends(metafunc.module.OPERATION)
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend, forced while the test runs."""
+    with force_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """The device on which the forced backend works."""
+    return device_of(backend)
