@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from qlora_ref.settings import Settings
 
@@ -208,7 +208,9 @@ def inspect(
     rows = inspect_source(source, original)
     if as_json:
         return _print_json([row.as_dict() for row in rows])
-    table = Table("tensor", "shape", "codebook", "block", "bytes", "bits", "SNR dB")
+    table = Table(
+        Column("tensor", overflow="fold"), "shape", "codebook", "block", "bytes", "bits", "SNR dB"
+    )
     for row in rows:
         table.add_row(
             row.name,

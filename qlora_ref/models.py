@@ -94,10 +94,12 @@ def _packaged_gguf(package: str) -> Path:
 
 def _load_quantized(transformers: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
     """Build the model without initialising it, then read its 4-bit and dense tensors."""
+    from transformers.initialization import no_init_weights
+
     config = transformers.AutoConfig.from_pretrained(directory)
     if hasattr(config, "quantization_config"):  # else transformers would look for bitsandbytes
         del config.quantization_config
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     load_model_state(model, directory)
     return model.eval()
