@@ -1,0 +1,38 @@
+"""quantize_8bit with the dynamic map: every backend, bitsandbytes, and a copy of as many bytes."""
+
+from __future__ import annotations
+
+import torch
+from measure import (
+    COPY,
+    bitsandbytes_is_installed,
+    copy_candidate,
+    each_backend,
+    medians,
+    parse_arguments,
+    report,
+)
+
+from qlora_ref import codebooks, ops
+
+
+def main() -> None:
+    options = parse_arguments(__doc__ or "")
+    x = torch.randn(options.rows, options.columns)
+    table = codebooks.dynamic_codebook()
+    expected = ops.quantize_8bit(x, table)
+    candidates = each_backend("quantize_8bit", lambda: ops.quantize_8bit(x, table))
+    for name, run in candidates.items():
+        assert torch.equal(run()[0], expected[0]), name
+    if bitsandbytes_is_installed():
+        import bitsandbytes.functional as bnb
+
+        # Not checked for equality: its CPU code rounds to a grid first and is not exact.
+        candidates["bitsandbytes"] = lambda: bnb.quantize_blockwise(x, blocksize=256)
+    nbytes = x.numel() * 5 + x.numel() // 64
+    candidates[COPY] = copy_candidate(nbytes)
+    report(f"quantize_8bit {tuple(x.shape)} float32", medians(candidates, options.repeats), nbytes)
+
+
+if __name__ == "__main__":
+    main()
