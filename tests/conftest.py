@@ -1,8 +1,9 @@
 """Fixtures: every test of an operation runs on each backend that this machine has.
 
 A test module of an operation names it in `OPERATION`; a test that takes the fixture `backend` is
-then collected once for each backend that can run it here, `reference` always among them. What is
-missing is said in the header of the run, not in a skip per test.
+then collected once for each backend that can run it here, `reference` always among them; where it
+runs on a GPU the test is marked `gpu`. What is missing is said once, below the run, not in a skip
+per test.
 """
 
 from __future__ import annotations
@@ -46,19 +47,22 @@ def available_backends(operation: str) -> list[str]:
     ]
 
 
-def pytest_report_header() -> list[str]:
-    lines = []
-    for operation in dispatch.OPERATIONS:
-        for backend in ("cpu", "triton", "cuda"):
-            if (why := obstacle(backend, operation)) is not None:
-                lines.append(f"not tested here: {operation} on {backend}: {why}")
-    return lines
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = available_backends(metafunc.module.OPERATION)
-        metafunc.parametrize("backend", names, indirect=True)
+        marks = {name: pytest.mark.gpu for name in names if device_of(name) == "cuda"}
+        parameters = [pytest.param(name, marks=marks.get(name, ())) for name in names]
+        metafunc.parametrize("backend", parameters, indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    missing: dict[str, list[str]] = {}
+    for backend in ("cpu", "triton", "cuda"):
+        for operation in dispatch.OPERATIONS:
+            if (why := obstacle(backend, operation)) is not None:
+                missing.setdefault(f"{backend}: {why}", []).append(operation)
+    for reason, operations in missing.items():
+        terminalreporter.line(f"not tested here: {', '.join(operations)} on {reason}")
 
 
 @pytest.fixture
