@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NEARLY_NOTHING = 1 << 20  # bytes that a full disk may still have
 
 
 @contextmanager
@@ -21,15 +24,27 @@ def written_aside(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    _remove(aside)
     try:
         yield aside
         _sync(aside)
         _replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        full = _is_disk_full(error, path.parent)
         _remove(aside)
+        if full:
+            text = "no space left on the disk; nothing that was there has changed"
+            raise OSError(errno.ENOSPC, text, str(path)) from error
         raise
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    # safetensors says so in words alone, torch.save not at all.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    nearly_full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
+    return "No space left" in str(error) or (isinstance(error, RuntimeError) and nearly_full)
 
 
 def _sync(path: Path) -> None:
@@ -53,6 +68,24 @@ def _replace(aside: Path, path: Path) -> None:
         _remove(old)
     else:
         os.replace(aside, path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed have left beside a path; never what one is writing."""
+    for leftover in path.parent.glob(f".{path.name}.*.aside"):
+        writer = leftover.name.split(".")[-2]
+        if writer == str(os.getpid()) or not _is_running(writer):
+            _remove(leftover)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)  # signal 0 only asks
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -111,7 +111,7 @@ class LoRA(nn.Module):
     ) -> nn.Linear | tuple[Linear4bit, QuantizationError]:
         """One layer that does the work of base and adapter. The adapter itself is left as it is.
 
-        to       "float": W + s B A, summed in float64 on the restored W, rounded once to dtype
+        to       "float": W + s B A, summed in float64, rounded to float32, then to dtype
                  "4bit":  that, quantised anew as the base is
         returns  nn.Linear; or Linear4bit and the error that quantising the sum caused
 

@@ -161,7 +161,7 @@ def _read_nested(state: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, T
     if "nested_quant_map" not in parts:
         raise ValueError("nested_absmax without nested_quant_map")
     block_size, dtype = state.get("nested_blocksize"), state.get("nested_dtype")
-    if dtype != "float32":
+    if block_size != DYNAMIC_BLOCK_SIZE or dtype != "float32":
         raise ValueError(
             f"nested scales must be float32 in blocks of 256, got {dtype}, {block_size}"
         )

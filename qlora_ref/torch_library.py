@@ -74,11 +74,29 @@ def _non_finite_message(x: Tensor) -> str:
     )
 
 
+def _update_in_place(operation: str) -> Callable[..., None]:
+    run = _run(operation)
+
+    def update(*arguments: Any) -> None:
+        run(*arguments)
+        # A kernel that writes through a pointer is not seen by autograd, which must know that what
+        # it has saved of these tensors is out of date.
+        params, _, *states = arguments[:6]
+        torch.autograd.graph.increment_version([t for group in (params, *states) for t in group])
+
+    return update
+
+
+_IMPLEMENTATIONS = {
+    "quantize_4bit": _quantize,
+    "quantize_8bit": _quantize,
+    "adamw_step": _update_in_place,
+}
 _library = torch.library.Library("qlora_ref", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _implementation = _quantize(_name) if _name.startswith("quantize") else _run(_name)
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _implement = _IMPLEMENTATIONS.get(_name, _run)
+    _library.impl(_name, _implement(_name), "CompositeExplicitAutograd")
 
 quantize_4bit = torch.ops.qlora_ref.quantize_4bit.default
 dequantize_4bit = torch.ops.qlora_ref.dequantize_4bit.default

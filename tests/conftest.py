@@ -62,7 +62,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if (why := obstacle(backend, operation)) is not None:
                 missing.setdefault(f"{backend}: {why}", []).append(operation)
     for reason, operations in missing.items():
-        terminalreporter.line(f"not tested here: {', '.join(operations)} on {reason}")
+        names = "all" if len(operations) == len(dispatch.OPERATIONS) else ", ".join(operations)
+        terminalreporter.line(f"not tested here: {names} on {reason}")
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("QLORA_REF_BACKEND", raising=False)
+    for variable in ("QLORA_REF_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(variable, raising=False)
     with force_backend(None):
         yield
 
@@ -105,9 +106,7 @@ def test_a_forced_backend_that_cannot_run_raises(operation: str) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_forced_backend_never_falls_back(
-    operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forced_backend_never_falls_back(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(backend: str, operation: str) -> None:
         raise AssertionError(f"{backend} was loaded")
 
@@ -137,7 +136,7 @@ def test_the_forced_backend_is_the_one_that_runs(
     assert set(loaded) == {("reference", operation)}
 
 
-def test_forcing_holds_in_the_threads_of_autograd() -> None:
+def test_forcing_holds_in_the_backward_pass() -> None:
     x = normal(8).requires_grad_()
     with force_backend("reference"):
         product = ops.matmul_4bit(x, CODES[:32], SCALES, NF4, 64, (8, 8))

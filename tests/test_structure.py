@@ -19,8 +19,8 @@ MAX_FUNCTION_LINES = 40  # of statements, without docstring and signature; 5 to 
 
 # What each module may import of this package. A name stands for itself and all that is above it.
 LAYERS = [
-    {"version", "native", "codebooks", "packing", "files", "settings"},
-    {"reference", "checks"},
+    {"version", "codebooks", "packing", "files", "settings"},
+    {"reference", "checks", "native"},
     {"dispatch"},
     {"torch_library"},
     {"ops"},
@@ -137,7 +137,7 @@ def test_every_operation_has_its_files(operation: str) -> None:
 def test_a_kernel_file_is_named_after_an_operation(folder: str) -> None:
     for path in (ROOT / folder).glob("*.*"):
         if path.suffix in (".cpp", ".cu") or (path.suffix == ".py" and path.stem != "decode"):
-            assert path.stem in OPERATIONS
+            assert path.stem in (*OPERATIONS, "interface_version")
 
 
 def test_every_public_function_has_a_docstring() -> None:
