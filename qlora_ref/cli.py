@@ -279,9 +279,9 @@ def _print_json(value: Any) -> None:
 def _print_result(result: Any) -> None:
     before, after = result.before.perplexity, result.after.perplexity
     _console.print(f"[bold]held-out perplexity {before:.2f} before, {after:.2f} after[/bold]")
-    _console.print(f"{result.after.tokens} held-out tokens; {result.lora}")
+    _console.print(f"{result.after.tokens} held-out tokens; {result.lora}", soft_wrap=True)
     _console.print(f"{result.tokens_per_second:.0f} tokens a second (median step)")
-    _console.print(str(result.memory), highlight=False)
+    _console.print(str(result.memory), highlight=False, soft_wrap=True)
     for when, text in result.samples.items():
         _console.print(f"[bold]sample {when}[/bold] {text}", highlight=False)
     _console.print(f"adapter, log and report in {result.output}")

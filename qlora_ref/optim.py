@@ -110,6 +110,8 @@ class AdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state. Raises ValueError if it does not fit these parameters."""
+        if not all("state_bits" in group for group in state_dict["param_groups"]):
+            raise ValueError("the saved state is of another optimizer: its groups lack state_bits")
         params = [param for group in self.param_groups for param in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         saved = [

@@ -86,6 +86,20 @@ def normalise(value: np.float32, absmax: np.float32) -> np.float32:
         return value / absmax if np.isinf(reciprocal) else value * reciprocal
 
 
+def values_on_the_edge(codebook: Tensor, absmaxes: Sequence[float], block_size: int) -> Tensor:
+    """Blocks (absmaxes, block_size) of threshold * absmax and its two float32 neighbours.
+
+    Here a quotient x / absmax often falls on the other side than the product x * (1 / absmax).
+    """
+    _, thresholds = define_thresholds(list(codebook.numpy()))
+    blocks = np.zeros((len(absmaxes), block_size), dtype=F32)
+    for block, absmax in zip(blocks, absmaxes, strict=True):
+        edges = np.array(thresholds, dtype=F32) * F32(absmax)
+        near = [edges, np.nextafter(edges, F32(-math.inf)), np.nextafter(edges, F32(math.inf))]
+        block[0], block[1 : 1 + 3 * len(edges)] = absmax, np.concatenate(near)
+    return torch.from_numpy(blocks)
+
+
 def define_quantize(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`quantize_4bit`: two codes a byte, the even one high; an odd end is filled up with a zero."""
     codes, absmax = define_codes(x, codebook, block_size)

@@ -292,7 +292,7 @@ def test_repr_names_the_format(double_quant: bool) -> None:
 
 
 def embedding4bit(double_quant: bool = True, dtype: Any = torch.float32, **options: Any) -> Any:
-    """50 rows of 24 values, so that blocks of 64 cross rows, and nn.Embedding of the restored ones."""
+    """50 rows of 24 values (blocks of 64 cross rows), and nn.Embedding of the restored table."""
     torch.manual_seed(2)
     table = nn.Embedding(50, 24, dtype=dtype, **options)
     layer = Embedding4bit.from_embedding(table, double_quant=double_quant)

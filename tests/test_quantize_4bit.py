@@ -17,6 +17,7 @@ from compare import (
     nibbles,
     normal,
     normalise,
+    values_on_the_edge,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +137,13 @@ def test_exact_ties_go_to_the_lower_level(name: str, scale: float, device: str) 
     levels = table[torch.tensor(nibbles(packed, x.numel()))].tolist()[1:]
     assert levels[: len(thresholds)] == ordered[:-1]
     assert levels[len(thresholds) :] == ordered[1:]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_reciprocal_a_block_decides_on_the_edge(name: str, device: str) -> None:
+    absmaxes = normal(40, seed=11).abs().tolist()
+    x = values_on_the_edge(TABLES[name], absmaxes, 64)
+    assert_is_defined(x, TABLES[name], 64, device)
 
 
 def test_tiny_blocks_keep_their_shape(device: str) -> None:

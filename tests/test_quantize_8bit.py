@@ -15,6 +15,7 @@ from compare import (
     define_thresholds,
     normal,
     normalise,
+    values_on_the_edge,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +102,13 @@ def test_exact_ties_go_to_the_lower_level(name: str, device: str) -> None:
     levels = table[codes.cpu().int()].tolist()[1:]
     assert levels[: len(thresholds)] == ordered[:-1]
     assert levels[len(thresholds) :] == ordered[1:]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_reciprocal_a_block_decides_on_the_edge(name: str, device: str) -> None:
+    absmaxes = normal(8, seed=11).abs().tolist()
+    x = values_on_the_edge(TABLES[name], absmaxes, 1024)
+    assert_is_defined(x, TABLES[name], 1024, device)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
