@@ -45,6 +45,15 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be even and at least 2, got {block_size}; 64 is usual")
 
 
+def check_one_device(first: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise ValueError(
+                f"all tensors must be on one device, got {first.device} and {other.device}; "
+                "move them with .to()"
+            )
+
+
 def check_table(name: str, codebook: Tensor, entries: int) -> None:
     check_dtype(name, codebook, torch.float32)
     if codebook.shape != (entries,):
@@ -164,4 +173,6 @@ def check_absmaxes(
         for param, absmax in zip(params, scales):
             check_dtype(name, absmax, torch.float32)
             check_scales(name, absmax, param.numel(), DYNAMIC_BLOCK_SIZE)
+            if not absmax.is_contiguous():
+                raise ValueError(f"{name} are changed in place and must be contiguous")
     return True

@@ -284,17 +284,26 @@ def _permutation(count: int, seed: int, purpose: str) -> list[int]:
     return order
 
 
-def collate(sequences: list[TokenSequence], pad_id: int) -> dict[str, Tensor]:
+def collate(sequences: list[TokenSequence], pad_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
     """Stack sequences into one batch, padded on the right to the longest.
 
-    input_ids       int64 (batch, longest)  pad_id where padded; any valid id does, as it is masked
-    labels          int64 (batch, longest)  IGNORED_LABEL where padded
-    attention_mask  int64 (batch, longest)  1 for tokens, 0 for padding
+    multiple_of     round the width up to a multiple of this: libraries that prepare, and keep, code
+                    for every shape that they meet (oneDNN in bfloat16) then meet few
+    input_ids       int64 (batch, width)  pad_id where padded; any valid id does, as it is masked
+    labels          int64 (batch, width)  IGNORED_LABEL where padded
+    attention_mask  int64 (batch, width)  1 for tokens, 0 for padding
     """
     ids = [torch.tensor(sequence.ids, dtype=torch.int64) for sequence in sequences]
     labels = [torch.tensor(sequence.labels, dtype=torch.int64) for sequence in sequences]
+    masks = [torch.ones_like(row) for row in ids]
+    missing = -max(len(row) for row in ids) % multiple_of
+
+    def stack(rows: list[Tensor], filler: int) -> Tensor:
+        batch = pad_sequence(rows, batch_first=True, padding_value=filler)
+        return torch.nn.functional.pad(batch, (0, missing), value=filler)
+
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "input_ids": stack(ids, pad_id),
+        "labels": stack(labels, IGNORED_LABEL),
+        "attention_mask": stack(masks, 0),
     }

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from qlora_ref.data import IGNORED_LABEL, TokenSequence, collate
 
+# Batches of a few widths only: see data.collate.
+WIDTH_MULTIPLE = 32
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,7 +42,7 @@ def evaluate(
     total, targets = 0.0, 0
     by_length = sorted(sequences, key=lambda sequence: len(sequence.ids))  # less padding
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size], pad_id)
+        batch = collate(by_length[start : start + batch_size], pad_id, WIDTH_MULTIPLE)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         loss, count = summed_loss(model, batch)
         total, targets = total + loss.item(), targets + count

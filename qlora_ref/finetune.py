@@ -29,7 +29,7 @@ from qlora_ref.data import (
     split_held_out,
     tokenize,
 )
-from qlora_ref.evaluate import Evaluation, evaluate, generate, summed_loss
+from qlora_ref.evaluate import WIDTH_MULTIPLE, Evaluation, evaluate, generate, summed_loss
 from qlora_ref.files import written_aside
 from qlora_ref.lora import LoraReport, adapters_disabled, add_lora
 from qlora_ref.memory import MemoryReport, memory_report, resident_bytes
@@ -251,13 +251,13 @@ def _step(run: _Run, order: BatchOrder, step: int) -> StepLog:
         loss, _ = summed_loss(run.model, batch)
         (loss / targets).backward()
         total += loss.item()
-    if not math.isfinite(total):
-        raise ValueError(
-            f"the loss of step {step + 1} is {total}: lower the learning rate, or compute in "
-            "float32; the last checkpoint is unharmed"
-        )
     params = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     norm = nn.utils.clip_grad_norm_(params, run.settings.max_grad_norm)
+    if not (math.isfinite(total) and math.isfinite(norm.item())):
+        raise ValueError(
+            f"step {step + 1} has loss {total / targets} and gradient norm {norm.item()}: lower "
+            "the learning rate, or compute in float32; the last checkpoint is unharmed"
+        )
     run.optimizer.step()
     run.optimizer.zero_grad()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -270,12 +270,12 @@ def _step(run: _Run, order: BatchOrder, step: int) -> StepLog:
 def _micro_batches(run: _Run, order: BatchOrder, step: int) -> Iterator[dict[str, Tensor]]:
     for micro in range(run.settings.accumulation):
         indices = order.batch(step * run.settings.accumulation + micro)
-        batch = collate([run.train[i] for i in indices], _pad_id(run))
+        batch = collate([run.train[i] for i in indices], _pad_id(run), WIDTH_MULTIPLE)
         yield {name: tensor.to(run.device) for name, tensor in batch.items()}
 
 
 def _first_batch(run: _Run) -> dict[str, Tensor]:
-    batch = collate(run.train[: run.settings.batch_size], _pad_id(run))
+    batch = collate(run.train[: run.settings.batch_size], _pad_id(run), WIDTH_MULTIPLE)
     return {name: tensor.to(run.device) for name, tensor in batch.items()}
 
 

@@ -1,9 +1,47 @@
-"""Finds the compiled libraries, declares their functions, turns error codes into exceptions."""
+"""The compiled libraries: finds them, declares their functions, makes exceptions of error codes.
+
+The C functions are declared, with their contracts, in csrc/kernels.h. Each operation here has the
+arguments of the reference function of its name: it allocates the results and passes addresses.
+ctypes releases the interpreter lock during a call.
+
+Read next: csrc/cpu/dequantize_4bit.cpp.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
+
+CPU_LIBRARY = Path(__file__).parent / "libqlora_cpu.so"
+
+INTERFACE_VERSION = 1  # kInterfaceVersion in csrc/kernels.h
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
+
+_QUANTIZE = (c_void_p, c_int, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+_DEQUANTIZE = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int)
+SIGNATURES: dict[str, Sequence[type]] = {
+    "interface_version": (),
+    "quantize_4bit": _QUANTIZE,
+    "dequantize_4bit": _DEQUANTIZE,
+    "quantize_8bit": _QUANTIZE,
+    "dequantize_8bit": _DEQUANTIZE,
+    "adamw_step": (
+        *(c_void_p, c_int, c_void_p, c_int),  # param, grad
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # moments, scales, codebooks
+        *(c_int64, c_double, c_double, c_double, c_double, c_double, c_int64, c_int),
+    ),
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -11,4 +49,189 @@ class BackendUnavailable(RuntimeError):
 
 
 def load(backend: str, operation: str) -> Callable[..., Any]:
-    raise BackendUnavailable("no compiled library")
+    """The function that runs an operation on a compiled backend, called as the reference is.
+
+    backend    "cpu" or "cuda"
+    operation  one of dispatch.OPERATIONS
+    Raises BackendUnavailable with the reason.
+    """
+    if backend == "cuda":
+        raise BackendUnavailable("no CUDA library was built")
+    function: Callable[..., Any] | None = getattr(_open_cpu(CPU_LIBRARY), operation, None)
+    if function is None:
+        raise BackendUnavailable(f"the compiled library has no {operation}")
+    return function
+
+
+@functools.cache
+def _open_cpu(path: Path) -> CpuOperations:
+    return CpuOperations(open_library(path))
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a library that was built from csrc/ and declare its functions.
+
+    Raises BackendUnavailable when it is missing, does not load, or is of another version.
+    """
+    if not path.exists():
+        raise BackendUnavailable("no compiled library: install a C++ compiler and reinstall")
+    try:
+        # Its GOMP_* symbols find the OpenMP that torch has put into the global scope: see setup.py.
+        library = ctypes.CDLL(str(path))
+        version = library.interface_version()
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailable(f"the compiled library does not load: {error}") from error
+    if version != INTERFACE_VERSION:
+        raise BackendUnavailable(
+            f"the compiled library has interface {version}, these Python files have "
+            f"{INTERFACE_VERSION}: reinstall, or run `python setup.py build_ext --inplace`"
+        )
+    for name, arguments in SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+class CpuOperations:
+    """The operations on CPU tensors. The contracts stand in ops.py."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def quantize_4bit(self, x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        packed = torch.empty((x.numel() + 1) // 2, dtype=torch.uint8)
+        return packed, self._quantize("quantize_4bit", x, codebook, block_size, packed)
+
+    def quantize_8bit(self, x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        return codes, self._quantize("quantize_8bit", x, codebook, block_size, codes)
+
+    def _quantize(
+        self, name: str, x: Tensor, codebook: Tensor, block_size: int, codes: Tensor
+    ) -> Tensor:
+        n = x.numel()
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+        self._call(
+            name,
+            x.contiguous(),
+            DTYPES[x.dtype],
+            n,
+            codebook.contiguous(),
+            block_size,
+            codes,
+            absmax,
+        )
+        return absmax
+
+    def dequantize_4bit(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        codebook: Tensor,
+        block_size: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        y = torch.empty(tuple(shape), dtype=dtype)
+        self._dequantize("dequantize_4bit", packed, absmax, codebook, block_size, y)
+        return y
+
+    def dequantize_8bit(
+        self, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        y = torch.empty(codes.shape, dtype=dtype)
+        self._dequantize("dequantize_8bit", codes, absmax, codebook, block_size, y)
+        return y
+
+    def _dequantize(
+        self, name: str, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, y: Tensor
+    ) -> None:
+        inputs = [tensor.contiguous() for tensor in (codes, absmax, codebook)]
+        self._call(name, *inputs, block_size, y.numel(), y, DTYPES[y.dtype])
+
+    def matmul_4bit(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        codebook: Tensor,
+        block_size: int,
+        shape: Sequence[int],
+        bias: Tensor | None,
+        transposed: bool,
+        nested_absmax: Tensor | None,
+        nested_codebook: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        """Restores the weight in C++, then multiplies by it in torch."""
+        if nested_absmax is not None and nested_codebook is not None and offset is not None:
+            decoded = (absmax, nested_absmax, nested_codebook, DYNAMIC_BLOCK_SIZE, torch.float32)
+            absmax = self.dequantize_8bit(*decoded) + offset
+        weight = self.dequantize_4bit(packed, absmax, codebook, block_size, shape, x.dtype)
+        with torch.autocast("cpu", enabled=False):  # the dtype of x decides
+            return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+
+    def adamw_step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        first_moments: Sequence[Tensor],
+        second_moments: Sequence[Tensor],
+        first_absmaxes: Sequence[Tensor],
+        second_absmaxes: Sequence[Tensor],
+        first_codebook: Tensor | None,
+        second_codebook: Tensor | None,
+        *options: float,  # lr, beta1, beta2, eps, weight_decay, step
+    ) -> None:
+        scales: Sequence[Sequence[Tensor | None]] = (first_absmaxes, second_absmaxes)
+        codebooks: tuple[Tensor | None, Tensor | None] = (None, None)
+        if first_codebook is None or second_codebook is None:
+            scales = [[None] * len(params)] * 2
+        else:
+            codebooks = first_codebook.contiguous(), second_codebook.contiguous()
+        for param, grad, *state in zip(params, grads, first_moments, second_moments, *scales):
+            typed = (param, DTYPES[param.dtype], grad.contiguous(), DTYPES[grad.dtype])
+            self._call("adamw_step", *typed, *state, *codebooks, param.numel(), *options)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Call a C function: tensors by address, the number of threads last."""
+        values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+        status = getattr(self._library, name)(*values, _threads())
+        if status:
+            raise_error(name, status)
+
+
+def raise_error(name: str, status: int) -> None:
+    """The exception that a C function's error code (enum Status in csrc/kernels.h) stands for."""
+    if status == 1:
+        raise TypeError(f"{name} in the compiled library does not know this dtype")
+    if status == 2:
+        raise ValueError(f"{name} in the compiled library refuses this size, block_size or step")
+    raise RuntimeError(f"{name} in the compiled library failed with the unknown code {status}")
+
+
+def _address(tensor: Tensor) -> int:
+    # What C would follow blindly: an address on another device, elements that are not in a row.
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous tensor on the CPU, got one on {tensor.device} with strides "
+            f"{tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+_is_forked = False
+
+
+def _threads() -> int:
+    # A forked child has none of its parent's OpenMP threads, yet libgomp waits for them: with one
+    # thread it asks for no others.
+    return 1 if _is_forked else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)

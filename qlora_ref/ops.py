@@ -26,6 +26,7 @@ from qlora_ref.checks import (
     check_float,
     check_moments,
     check_nested,
+    check_one_device,
     check_output_dtype,
     check_packed,
     check_scales,
@@ -56,8 +57,9 @@ def quantize_4bit(
     check_float("x", x)
     check_table("codebook", codebook, CODES_4BIT)
     check_block_size(block_size)
+    check_one_device(x, codebook)
     packed, absmax = _library.quantize_4bit(
-        x.detach().contiguous(), codebook, block_size, check_finite
+        x.detach().contiguous(), codebook.contiguous(), block_size, check_finite
     )
     return packed, absmax
 
@@ -86,8 +88,9 @@ def dequantize_4bit(
     check_packed(packed, absmax, codebook, block_size, n)
     check_dtype("absmax", absmax, torch.float32)
     check_output_dtype(dtype)
+    check_one_device(packed, absmax, codebook)
     return _library.dequantize_4bit(
-        packed.flatten(), absmax.contiguous(), codebook, block_size, shape, dtype
+        packed.flatten(), absmax.contiguous(), codebook.contiguous(), block_size, shape, dtype
     )
 
 
@@ -109,8 +112,9 @@ def quantize_8bit(
     check_float("x", x)
     check_table("codebook", codebook, CODES_8BIT)
     check_block_size(block_size)
+    check_one_device(x, codebook)
     codes, absmax = _library.quantize_8bit(
-        x.detach().contiguous(), codebook, block_size, check_finite
+        x.detach().contiguous(), codebook.contiguous(), block_size, check_finite
     )
     return codes, absmax
 
@@ -139,8 +143,9 @@ def dequantize_8bit(
     check_block_size(block_size)
     check_scales("absmax", absmax, codes.numel(), block_size)
     check_output_dtype(dtype)
+    check_one_device(codes, absmax, codebook)
     return _library.dequantize_8bit(
-        codes.contiguous(), absmax.contiguous(), codebook, block_size, dtype
+        codes.contiguous(), absmax.contiguous(), codebook.contiguous(), block_size, dtype
     )
 
 
@@ -189,18 +194,19 @@ def matmul_4bit(
     check_nested(absmax, nested_absmax, nested_codebook, offset)
     if bias is not None:
         check_bias(bias, x, rows, transposed)
+    check_one_device(x, packed, absmax, codebook, bias, nested_absmax, nested_codebook, offset)
     return _library.matmul_4bit(
         x.contiguous(),
         packed.flatten(),
         absmax.contiguous(),
-        codebook,
+        codebook.contiguous(),
         block_size,
         shape,
-        bias,
+        _contiguous(bias),
         transposed,
-        nested_absmax,
-        nested_codebook,
-        offset,
+        _contiguous(nested_absmax),
+        _contiguous(nested_codebook),
+        _contiguous(offset),
     )
 
 
@@ -224,7 +230,8 @@ def adamw_step(
     """One step of AdamW on a list of parameters, in place.
 
         m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-        p = (1 - lr weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+        p = (1 - lr weight_decay) p - m / (sqrt(v) c + eps) s
+            where s = lr / (1 - beta1^step),  c = (1 - beta2^step)^(-1/2)
 
     params           float32, bfloat16, float16     changed in place
     grads            float                          of the params' shapes
@@ -236,9 +243,11 @@ def adamw_step(
     second_codebook  float32 (256,) or None         dynamic_codebook(signed=False)
     step             int, >= 1                      number of this step
 
-    Everything is float32, in the order of the formula, without fused multiply-adds; p is rounded
-    once to its dtype. 8-bit moments are restored, updated, used, then quantised anew to the nearest
-    level in blocks of 256. Where gradient and moments are 0, p only decays.
+    Everything is float32, in the order of the formula, without fused multiply-adds; s, c and the
+    factors of the betas are worked out in float64 and rounded once, p is rounded once to its
+    dtype. 8-bit moments are restored, updated, used, then quantised anew to the nearest level in
+    blocks of 256. Where gradient and moments are 0, p only decays, given
+    eps > 0 (0 / 0 otherwise).
 
     Raises TypeError for dtypes, ValueError for sizes.
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; 8-bit: Dettmers et al. (arXiv
@@ -269,3 +278,7 @@ def adamw_step(
             weight_decay,
             step,
         )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

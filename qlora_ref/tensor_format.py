@@ -122,7 +122,10 @@ def _json_tensor(state: dict[str, Any], device: torch.device) -> Tensor:
 def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str, Any]]:
     keys = [key for key in tensors if key.startswith(f"{name}.quant_state.")]
     if len(keys) != 1:
-        raise ValueError(f"expected one key {name}.quant_state.*, got {keys or 'none'}")
+        raise ValueError(
+            f"expected one key {name}.quant_state.*, got {keys or 'none'}; dense weights are "
+            "quantised with convert_model or Linear4bit.from_linear"
+        )
     try:
         state = json.loads(bytes(tensors[keys[0]].flatten().to(torch.uint8).cpu().tolist()))
     except (ValueError, RecursionError) as error:

@@ -202,3 +202,15 @@ def test_the_mask_selects_the_sequences_again(sequences: list[TokenSequence], pa
         assert batch["labels"][row][inside[row]].tolist() == sequence.labels
     assert (batch["input_ids"][~inside] == pad_id).all()
     assert (batch["labels"][~inside] == IGNORED_LABEL).all()
+
+
+@pytest.mark.parametrize(("longest", "width"), [(5, 8), (8, 8), (9, 16)])
+def test_the_width_is_rounded_up_to_a_multiple_with_masked_padding(
+    longest: int, width: int
+) -> None:
+    sequences = [TokenSequence([1] * longest, [1] * longest), TokenSequence([2, 2], [2, 2])]
+    batch = collate(sequences, 7, multiple_of=8)
+    assert batch["input_ids"].shape == (2, width)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [longest, 2]
+    assert batch["input_ids"][batch["attention_mask"] == 0].eq(7).all()
+    assert batch["labels"][batch["attention_mask"] == 0].eq(IGNORED_LABEL).all()

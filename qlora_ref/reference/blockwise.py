@@ -37,7 +37,9 @@ def scale_blocks(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
-    # Zeros that fill up a short last block change no absmax and are cut off again.
+    # Zeros that fill up a short last block change no absmax and are cut off again. A lone block is
+    # not filled up: its size may be anything.
+    block_size = min(block_size, max(1, x.numel()))
     missing = -x.numel() % block_size
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))

@@ -1,0 +1,3 @@
+#include "../kernels.h"
+
+int qlora::interface_version() { return kInterfaceVersion; }

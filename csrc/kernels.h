@@ -1,0 +1,57 @@
+// Every function that the compiled libraries export, with its contract. What is computed, to the
+// bit, stands in qlora_ref/ops.py; qlora_ref/native.py calls these through ctypes.
+//
+// Plain C ABI: pointers to contiguous arrays, element counts, a dtype, a number of threads; nothing
+// of Python or torch. Results do not depend on the number of threads. Pointers may be null where
+// their array is empty. block_size is even and at least 2; blocks = ceil(n / block_size).
+
+#pragma once
+
+#include <cstdint>
+
+namespace qlora {
+
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// What each function returns.
+enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2 };
+
+// Raised whenever a signature below changes, so that Python refuses a library built before that.
+constexpr int kInterfaceVersion = 1;
+
+extern "C" {
+
+// kInterfaceVersion, as the library was compiled with it.
+int interface_version();
+
+// code[i] = the code nearest to x[i] / absmax[i / block_size], packed with the even one high;
+// absmax[b] = the largest |x| of block b. x: dtype (n); codebook (16); packed (ceil(n / 2)).
+int quantize_4bit(const void* x, int dtype, int64_t n, const float* codebook, int64_t block_size,
+                  uint8_t* packed, float* absmax, int threads);
+
+// y[i] = codebook[code i] * absmax[i / block_size], rounded once to dtype.
+// packed (ceil(n / 2)); absmax (blocks); codebook (16); y: dtype (n).
+int dequantize_4bit(const uint8_t* packed, const float* absmax, const float* codebook,
+                    int64_t block_size, int64_t n, void* y, int dtype, int threads);
+
+// codes[i] = the code nearest to x[i] / absmax[i / block_size]; absmax as in quantize_4bit.
+// x: dtype (n); codebook (256); codes (n); absmax (blocks).
+int quantize_8bit(const void* x, int dtype, int64_t n, const float* codebook, int64_t block_size,
+                  uint8_t* codes, float* absmax, int threads);
+
+// y[i] = codebook[codes[i]] * absmax[i / block_size], rounded once to dtype.
+// codes (n); absmax (blocks); codebook (256); y: dtype (n).
+int dequantize_8bit(const uint8_t* codes, const float* absmax, const float* codebook,
+                    int64_t block_size, int64_t n, void* y, int dtype, int threads);
+
+// One step of AdamW on one parameter (n), in place. Moments: float (n), the last four pointers of
+// state null; or uint8_t codes (n) with scales (ceil(n / 256)) and codebooks (256). step >= 1.
+int adamw_step(void* param, int param_dtype, const void* grad, int grad_dtype, void* first_moment,
+               void* second_moment, float* first_absmax, float* second_absmax,
+               const float* first_codebook, const float* second_codebook, int64_t n, double lr,
+               double beta1, double beta2, double eps, double weight_decay, int64_t step,
+               int threads);
+
+}  // extern "C"
+
+}  // namespace qlora

@@ -1,0 +1,143 @@
+"""Builds csrc/ into shared libraries beside the Python files. Everything else: pyproject.toml.
+
+The libraries have a plain C interface and are loaded with ctypes, so that building them takes a
+C++ compiler and nothing of torch or Python. Without a compiler the package installs all the same,
+and runs on its reference backend.
+
+    QLORA_REF_BUILD_CPU=0   do not compile csrc/cpu
+    CXX=clang++             compile with this instead of c++, g++ or clang++
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CPU_LIBRARY = "qlora_ref.libqlora_cpu"
+
+# Contraction would fuse products and sums into fewer roundings where the processor can: other bits
+# than the reference. Without errno, sqrt is one instruction. -march is left at its default, so
+# that a wheel runs on every machine of its architecture.
+CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+
+
+def cpu_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: from CXX, else the first that is installed."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    missing = f"CXX names {named[0]}, which is not there" if named else "no C++ compiler"
+    raise CompileError(f"{missing}: install g++ or clang++, or name another in CXX")
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """-fopenmp where the code it makes can run on torch's own OpenMP, else nothing.
+
+    Two OpenMP runtimes in one process compete for the same cores. The library is therefore linked
+    to none: its GOMP_* symbols are found in the libgomp that torch has loaded. Only gcc calls
+    GOMP_*; what clang calls is not in there. Without OpenMP the loops run on one thread.
+    """
+    probe = "#if defined(__clang__) || !defined(__linux__) || !defined(_OPENMP)\n#error\n#endif\n"
+    command = [*compiler, "-fopenmp", "-x", "c++", "-fsyntax-only", "-"]
+    tried = subprocess.run(command, input=probe, text=True, capture_output=True, check=False)
+    return ["-fopenmp"] if tried.returncode == 0 else []
+
+
+def compile_library(sources: list[Path], library: Path) -> None:
+    """Compile C++ sources, several at a time, and link them to one shared library.
+
+    Raises CompileError with what the compiler says.
+    """
+    compiler = find_compiler()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*CPU_FLAGS, *openmp_flags(compiler)]
+        objects = [Path(folder, source.stem + ".o") for source in sources]
+        commands = [
+            [*compiler, *flags, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_execute, commands))
+        # Linked aside and moved: a process that has mapped the old library keeps the old file.
+        linked = Path(folder, library.name)
+        undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+        _execute([*compiler, "-shared", *undefined, *map(str, objects), "-o", str(linked)])
+        beside = library.with_name(library.name + ".new")
+        shutil.copy(linked, beside)
+        os.replace(beside, library)
+
+
+def _execute(command: list[str]) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{finished.stderr}")
+
+
+class BuildLibraries(build_ext):
+    """Builds plain shared libraries: no Python in their file names, or in the files."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            compile_library(
+                [ROOT / source for source in extension.sources],
+                Path(self.get_ext_fullpath(extension.name)),
+            )
+        except CompileError:
+            self.warn(
+                f"{extension.name} is not built: qlora_ref will run on its slow reference backend. "
+                "Install a C++ compiler and reinstall to change that"
+            )
+            raise  # the extension is optional: setuptools prints the reason and goes on
+
+
+class PlatformWheel(bdist_wheel):
+    """The wheel serves every Python 3, since the libraries know nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("QLORA_REF_BUILD_CPU") == "0":
+        return []
+    sources = [str(path.relative_to(ROOT)) for path in cpu_sources()]
+    headers = [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")]
+    return [Extension(CPU_LIBRARY, sources, depends=headers, optional=True)]
+
+
+def packages() -> list[str]:
+    # kernels/ has no __init__.py (a folder of that name on the path must not shadow Hugging Face's
+    # package `kernels`), so that find_packages passes over it; it is a package once it holds files.
+    has_kernels = any((ROOT / "kernels").glob("*.py"))
+    return find_packages(include=["qlora_ref*"]) + ["qlora_kernels"] * has_kernels
+
+
+if __name__ == "__main__":
+    setup(
+        packages=packages(),
+        package_dir={"qlora_kernels": "kernels"},
+        package_data={"qlora_ref": ["py.typed"]},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+    )
