@@ -245,8 +245,13 @@ def count_parameters(model: nn.Module) -> int:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one of that name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fast path reads linear1.weight and passes the layer by. This attribute, 0 where the
+        # activation is neither ReLU nor GELU, switches that path off and decides nothing else.
+        parent.activation_relu_or_gelu = 0
 
 
 def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

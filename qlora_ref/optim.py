@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_ref import ops
+from qlora_ref.checks import check_moments
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
 
 _TENSORS = {
@@ -70,8 +71,13 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+        trained = [
+            [param for param in group["params"] if param.grad is not None]
+            for group in self.param_groups
+        ]
+        for params in trained:  # all of them, before the first one moves or is counted
+            _check_gradients(params)
+        for group, params in zip(self.param_groups, trained):
             for batch in _alike(params, self._advance(params, group["state_bits"])):
                 self._step_alike(batch, group)
         return loss
@@ -79,10 +85,6 @@ class AdamW(torch.optim.Optimizer):
     def _advance(self, params: list[Tensor], state_bits: int) -> list[int]:
         """Count the step of each parameter, after giving it a state of zeros if it has none."""
         for param in params:
-            if param.grad is not None and param.grad.is_sparse:
-                raise ValueError(
-                    "AdamW takes dense gradients; use torch.optim.SparseAdam for sparse"
-                )
             state = self.state[param]
             if not state:
                 state.update(_zero_state(param, state_bits))
@@ -136,6 +138,13 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
     if options["state_bits"] not in _TENSORS:
         raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
+
+
+def _check_gradients(params: list[Tensor]) -> None:
+    grads = [param.grad for param in params if param.grad is not None]
+    if any(grad.is_sparse for grad in grads):
+        raise ValueError("AdamW takes dense gradients; use torch.optim.SparseAdam for sparse")
+    check_moments(params, grads, params, params)  # the moments are made to fit
 
 
 def _alike(params: list[Tensor], steps: list[int]) -> list[list[Tensor]]:

@@ -16,6 +16,7 @@ from training import (
     TINY,
     files_below,
     log_lines,
+    one_thread,  # noqa: F401
     restored_weights,
     save_changed_model,
     tiny_settings,
@@ -83,7 +84,7 @@ def test_thirty_steps_lower_the_held_out_perplexity_by_a_third(tmp_path: Path) -
 def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_the_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = prepare(dropout=0.0, batch_size=4, group_by_length=False, max_grad_norm=1e9)
+    run = prepare(dropout=0.0, batch_size=4, length=96, group_by_length=False, max_grad_norm=1e9)
     move_adapters(run)
     log, found = step_without_update(run, monkeypatch)
     sequences = [run.train[i] for i in order_of(run).batch(0)]
@@ -108,6 +109,7 @@ def test_two_micro_batches_of_two_are_one_batch_of_four(monkeypatch: pytest.Monk
             dropout=0.0,
             batch_size=batch_size,
             accumulation=accumulation,
+            length=96,
             group_by_length=False,
             max_grad_norm=1e9,
         )

@@ -357,10 +357,6 @@ def test_bad_parameter_is_refused_unchanged(
     assert torch.equal(bad, before)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="step() counts parameters before they are checked, and checks one group after another",
-)
 @pytest.mark.parametrize(("make", "error", "message"), BAD)
 @pytest.mark.parametrize("own_group", (False, True))
 def test_bad_parameter_stops_the_step_before_any_other_moves(

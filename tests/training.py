@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,18 @@ MEASURED_FIELDS = ("tokens_per_second", "resident_bytes")
 
 # Logits of about 10 in size after four layers of float32 sums in another order.
 FLOAT32_LOGITS = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from more threads, and lose much on a busy machine.
+
+    It holds in every test module that imports it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_settings(**options: Any) -> Settings:

@@ -94,13 +94,17 @@ struct Decisions {
   }
 };
 
-// The number of the 255 thresholds below a value: a binary search without branches, in 8 halvings.
-inline int count_below(const Decisions<256>& decisions, float value) {
-  int position = 0;
+// positions[i] = the number of the 255 thresholds below values[i]: a binary search in 8 halvings,
+// all values a halving at a time. The product instead of a choice keeps compilers from branching,
+// which mispredicts every second time.
+inline void count_below(const Decisions<256>& decisions, const float* values, int count,
+                        int32_t* positions) {
+  std::fill(positions, positions + count, 0);
   for (int half = 128; half > 0; half /= 2) {
-    position += value > decisions.thresholds[position + half - 1] ? half : 0;
+    for (int i = 0; i < count; ++i) {
+      positions[i] += half * (values[i] > decisions.thresholds[positions[i] + half - 1]);
+    }
   }
-  return position;
 }
 
 // Quantises a block to 8-bit codes and returns its absmax.
@@ -109,12 +113,12 @@ float quantize_block_8bit(const Value* x, int64_t count, const Decisions<256>& d
                           uint8_t* codes) {
   const float absmax = largest_magnitude(x, count);
   float normalised[kChunk];
+  int32_t positions[kChunk];
   for (int64_t start = 0; start < count; start += kChunk) {
     const int size = static_cast<int>(std::min<int64_t>(kChunk, count - start));
     normalise(x + start, size, absmax, normalised);
-    for (int i = 0; i < size; ++i) {
-      codes[start + i] = decisions.codes[count_below(decisions, normalised[i])];
-    }
+    count_below(decisions, normalised, size, positions);
+    for (int i = 0; i < size; ++i) codes[start + i] = decisions.codes[positions[i]];
   }
   return absmax;
 }
