@@ -12,6 +12,7 @@ import torch
 from compare import assert_same_bits, normal
 from torch import Tensor, nn
 
+import qlora_ref
 from qlora_ref import Linear4bit, convert_model, quantize
 from qlora_ref import linear as linear_module
 from qlora_ref.module4bit import Module4bit
@@ -313,6 +314,6 @@ def test_adapters_in_a_transformer_encoder_work_in_evaluation() -> None:
     model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
     x = normal(2, 5, 32)
     before = model(x)
-    add_lora(model, targets=["linear1"])
+    qlora_ref.add_lora(model, targets=["linear1"])
     nn.init.ones_(model.linear1.lora_B.weight)
     assert not torch.allclose(model(x), before)
