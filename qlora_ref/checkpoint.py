@@ -56,7 +56,9 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
 
     Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
     """
-    dense_missing = set(_distinct(model.state_dict()))
+    own = _distinct(model.state_dict())
+    names = tensor_format.stored_names(own)  # a layer in 4 bits already is missing as a whole
+    missing = set(own) - {k for n in names for k in _keys_of(n, list(own)) if k != n}
     for file in checkpoint_files(directory):
         with _opened(file) as tensors:
             keys = list(tensors.keys())
@@ -64,16 +66,14 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
             for name, group in groups.items():
                 stored = {key: tensors.get_tensor(key) for key in group}
                 _install(model, name, tensor_format.from_tensors(stored, name), file)
-                dense_missing.discard(name)
+                missing.discard(name)
             grouped = {key for group in groups.values() for key in group}
             for key in keys:
                 if key not in grouped:
                     _copy(model, key, tensors.get_tensor(key), file)
-                    dense_missing.discard(key)
-    if dense_missing:
-        raise ValueError(
-            f"{directory} lacks {sorted(dense_missing)[:5]}: a checkpoint of another model"
-        )
+                    missing.discard(key)
+    if missing:
+        raise ValueError(f"{directory} lacks {sorted(missing)[:5]}: a checkpoint of another model")
 
 
 def checkpoint_files(path: Path | str) -> list[Path]:

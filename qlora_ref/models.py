@@ -101,5 +101,7 @@ def _load_quantized(transformers: Any, directory: Path, dtype: torch.dtype) -> n
         del config.quantization_config
     with no_init_weights():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tied: Any = model
+    tied.tie_weights()  # a file holds tied tensors once
     load_model_state(model, directory)
     return model.eval()

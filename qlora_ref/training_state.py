@@ -22,7 +22,6 @@ from torch import nn
 
 from qlora_ref.adapter import load_adapter_tensors, read_adapter_tensors, write_adapter
 from qlora_ref.files import written_aside
-from qlora_ref.module4bit import Module4bit
 
 _KEPT_CHECKPOINTS = 2
 
@@ -44,7 +43,8 @@ def save_state(
     with written_aside(directory) as aside:
         aside.mkdir()
         write_adapter(model, aside, identity.get("model", ""))
-        torch.save(state, aside / "training.pt")
+        with open(aside / "training.pt", "wb") as file:  # given a path, torch hides the OSError
+            torch.save(state, file)
         (aside / "run.json").write_text(json.dumps({"step": step, **identity}, indent=2) + "\n")
     for old in checkpoints(output)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
@@ -92,14 +92,12 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def fingerprint_base(model: nn.Module) -> str:
-    """SHA-256 over the packed codes and scales of a model: is it the same base, quantised alike?"""
+    """SHA-256 over the frozen tensors of a model: is it the same base, quantised alike?"""
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        if isinstance(module, Module4bit):
-            weight = module.quantized_weight
-            digest.update(name.encode())
-            for part in (weight.packed, weight.scales.flatten().view(torch.uint8), weight.codebook):
-                digest.update(part.cpu().numpy().tobytes())
+    for key, tensor in model.state_dict().items():
+        if ".lora_" not in key:
+            digest.update(key.encode())
+            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 

@@ -1,0 +1,155 @@
+"""Checkpoints of 4-bit models: round trips, exchange with transformers, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qlora_ref
+from qlora_ref.checkpoint import load_model_state, save_model, stored_tensors
+from qlora_ref.models import load_model
+from qlora_ref.module4bit import Module4bit
+
+MODEL = Path(__file__).parent / "data" / "tiny_llama"
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def quantised(codebook: str = "nf4", double_quant: bool = True) -> Any:
+    model = load_model(MODEL)
+    qlora_ref.convert_model(model, codebook, double_quant=double_quant)
+    return model
+
+
+def weights(model: Any) -> dict[str, Any]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Module4bit)}
+    return {name: layer.quantized_weight for name, layer in layers.items()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():  # in training mode: bitsandbytes repacks its layers in evaluation
+        return model.train()(input_ids=torch.arange(40).reshape(2, 20)).logits
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 100_000])
+def test_a_saved_model_loads_with_every_bit(
+    tmp_path: Path, codebook: str, double_quant: bool, shard_bytes: int
+) -> None:
+    model = quantised(codebook, double_quant)
+    save_model(model, tmp_path / "model", shard_bytes)
+    loaded = load_model(tmp_path / "model")
+    assert weights(loaded) == weights(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_weight_and_its_scales_share_a_shard(tmp_path: Path) -> None:
+    save_model(quantised(), tmp_path / "model", 50_000)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    shards = index["weight_map"]
+    assert len(set(shards.values())) > 3
+    for key, shard in shards.items():
+        if ".weight." in key:
+            assert shards[key.split(".weight.")[0] + ".weight"] == shard
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_transformers_and_bitsandbytes_load_what_is_saved(
+    tmp_path: Path, codebook: str, double_quant: bool
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = quantised(codebook, double_quant)
+    save_model(model, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(theirs.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
+    assert torch.equal(logits(theirs), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_transformers_and_bitsandbytes_save_is_loaded(
+    tmp_path: Path, kind: str, double_quant: bool
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double_quant
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        MODEL, quantization_config=config, dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert len(weights(ours)) == 28
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    qlora_ref.convert_model(model)
+    save_model(model, tmp_path / "model")
+    assert "lm_head.weight" not in dict(stored_tensors(tmp_path / "model"))
+    loaded = load_model(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def break_file(path: Path, kind: str) -> str:
+    """Spoil a checkpoint; returns what the error must name."""
+    tensors = load_file(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        return "not a whole safetensors file"
+    if kind == "missing":
+        del tensors["model.norm.weight"]
+        named = "model.norm.weight"
+    elif kind == "extra":
+        tensors["model.surplus.weight"] = torch.zeros(3)
+        named = "model.surplus.weight"
+    elif kind == "no scales":
+        del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
+        named = "model.layers.0.mlp.up_proj.weight.absmax"
+    else:
+        tensors["model.norm.weight"] = torch.zeros(5)
+        named = "model.norm.weight must have shape"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return named
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "extra", "no scales", "shape"])
+def test_a_spoilt_checkpoint_is_refused_and_the_key_named(tmp_path: Path, kind: str) -> None:
+    save_model(quantised(), tmp_path / "model")
+    named = break_file(tmp_path / "model" / "model.safetensors", kind)
+    with pytest.raises(ValueError, match=named):
+        load_model_state(load_model(MODEL), tmp_path / "model")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    save_model(quantised(), tmp_path / "model", 200_000)
+    next((tmp_path / "model").glob("model-00002-*")).unlink()
+    with pytest.raises(ValueError, match="model-00002"):
+        load_model_state(load_model(MODEL), tmp_path / "model")
+
+
+def test_a_model_with_adapters_or_without_4bit_layers_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no 4-bit layer"):
+        save_model(load_model(MODEL), tmp_path / "model")
+    model = quantised()
+    qlora_ref.add_lora(model)
+    with pytest.raises(ValueError, match="merge them first"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
