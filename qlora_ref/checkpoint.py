@@ -65,7 +65,11 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
             groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
             for name, group in groups.items():
                 stored = {key: tensors.get_tensor(key) for key in group}
-                _install(model, name, tensor_format.from_tensors(stored, name), file)
+                try:
+                    weight = tensor_format.from_tensors(stored, name)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from error
+                _install(model, name, weight, file)
                 missing.discard(name)
             grouped = {key for group in groups.values() for key in group}
             for key in keys:
@@ -175,6 +179,8 @@ def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
         target = getattr(model.get_submodule(module_name), leaf)
     except AttributeError as error:
         raise ValueError(f"{file}: {key} belongs to no module of the model") from error
+    if not isinstance(target, Tensor):  # a layer without a bias has None there
+        raise ValueError(f"{file}: {key} belongs to no module of the model")
     if target.shape != value.shape:
         raise ValueError(
             f"{file}: {key} must have shape {tuple(target.shape)}, got {tuple(value.shape)}"

@@ -126,21 +126,40 @@ def options_of(settings: Settings) -> list[str]:
     return options
 
 
-def start_cli(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+# Runs the command line, and kills it just before the n-th call of a function.
+_KILLER = """
+import os, pkgutil, signal, sys
+path, count, sys.argv = sys.argv[1], int(sys.argv[2]), ["qlora-ref", *sys.argv[3:]]
+module, name = pkgutil.resolve_name(path.rpartition(".")[0]), path.rpartition(".")[2]
+function, calls = getattr(module, name), []
+def counted(*arguments, **options):
+    if any("run" in str(a) for a in arguments) or name in ("fsync", "save"):
+        calls.append(name)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments, **options)
+setattr(module, name, counted)
+from qlora_ref.cli import main
+main()
+"""
+
+
+def start_cli(*arguments: str, kill_in: str = "", kill_at: int = 1) -> subprocess.Popen[str]:
     """The command line in a process of its own: one thread, reference backend, no network."""
     fixed = {"OMP_NUM_THREADS": "1", "QLORA_REF_BACKEND": "reference", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    start = ["-c", _KILLER, kill_in, str(kill_at)] if kill_in else ["-m", "qlora_ref.cli"]
     return subprocess.Popen(
-        [sys.executable, "-m", "qlora_ref.cli", *arguments],
+        [sys.executable, *start, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **fixed, "PYTHONPATH": path, **environment},
+        env={**os.environ, **fixed, "PYTHONPATH": path},
     )
 
 
-def run_cli(*arguments: str, **environment: str) -> tuple[int, str, str]:
-    process = start_cli(*arguments, **environment)
+def run_cli(*arguments: str) -> tuple[int, str, str]:
+    process = start_cli(*arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
