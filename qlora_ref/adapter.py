@@ -29,7 +29,16 @@ _UNSUPPORTED = (
     "lora_bias",
     "trainable_token_indices",
     "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
+# Other ways to start (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something off the base as well.
+_STARTS_ON_THE_SAME_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -121,6 +130,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"cannot read the adapter's {directory / CONFIG}: {error}") from error
     unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights") not in _STARTS_ON_THE_SAME_BASE:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if kind != "LORA" or unsupported or config.get("bias", "none") != "none":
         raise ValueError(
             f"{directory} is a {kind} adapter with {unsupported}: only plain LoRA is read"

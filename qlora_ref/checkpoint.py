@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_ref import tensor_format
 from qlora_ref.files import written_aside
-from qlora_ref.linear import Embedding4bit, Linear4bit
+from qlora_ref.linear import Embedding4bit, Linear4bit, dense_parameters, is_conv1d
 from qlora_ref.lora import lora_layers, replace_module
 from qlora_ref.module4bit import Module4bit
 from qlora_ref.quantized import QuantizedTensor
@@ -167,6 +167,11 @@ def _layer_for(old: nn.Module) -> Module4bit | None:
     if isinstance(old, nn.Linear):
         layer = Linear4bit(old.in_features, old.out_features, old.bias is not None, device="meta")
         layer.bias = old.bias
+        return layer
+    if is_conv1d(old):  # its 4-bit weight is stored as that of a linear layer, (N, K)
+        weight, bias = dense_parameters(old)
+        layer = Linear4bit(weight.shape[1], weight.shape[0], device="meta")
+        layer.bias = bias  # type: ignore[assignment]
         return layer
     if isinstance(old, nn.Embedding):
         return Embedding4bit(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta")

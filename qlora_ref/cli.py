@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -47,7 +48,8 @@ def main() -> None:
         NotImplementedError,
         RuntimeError,
     ) as error:
-        _messages.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        text = escape(str(error))  # a path in brackets is no markup
+        _messages.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -110,6 +112,9 @@ def finetune(
     settings = Settings(**{name: options[name] for name in asdict(_DEFAULT)})
     from qlora_ref.finetune import finetune as run
 
+    def tell(text: str) -> None:
+        _messages.print(escape(text), highlight=False, soft_wrap=True)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=_messages, transient=True) as progress:
         task = progress.add_task("training", total=steps, visible=False)
@@ -123,9 +128,7 @@ def finetune(
             if not _messages.is_terminal:
                 _messages.print(f"step {log.step}/{steps}  {text}", highlight=False)
 
-        result = run(
-            settings, output, resume, save_every, sample_prompt, progress.console.print, on_step
-        )
+        result = run(settings, output, resume, save_every, sample_prompt, tell, on_step)
     if plot:
         _plot(output)
     report = json.loads((output / "report.json").read_text())
@@ -283,7 +286,7 @@ def _print_result(result: Any) -> None:
     _console.print(f"{result.tokens_per_second:.0f} tokens a second (median step)")
     _console.print(str(result.memory), highlight=False, soft_wrap=True)
     for when, text in result.samples.items():
-        _console.print(f"[bold]sample {when}[/bold] {text}", highlight=False)
+        _console.print(f"[bold]sample {when}[/bold] {escape(text)}", highlight=False)
     _console.print(f"adapter, log and report in {result.output}")
 
 

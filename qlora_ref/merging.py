@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qlora_ref.checkpoint import save_model
 from qlora_ref.files import written_aside
-from qlora_ref.lora import lora_layers, merge_lora
+from qlora_ref.linear import Linear4bit, is_conv1d
+from qlora_ref.lora import lora_layers, merge_lora, replace_module
 from qlora_ref.models import load_tokenizer
 
 
@@ -33,9 +35,30 @@ def merge_to_directory(
         save_model(model, output)
         tokenizer.save_pretrained(output)
     else:
-        dense: Any = model
+        dense = _as_transformers_keeps_it(model)
         with written_aside(output) as aside:
             dense.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
     worst = min((error.snr_db for error in errors.values()), default=None)
     return {"layers": layers, "worst_snr_db": worst}
+
+
+def _as_transformers_keeps_it(model: Any) -> Any:
+    """Restore the 4-bit layers that had no adapter, and lay out weights as the model's class does.
+
+    GPT-2's Conv1D holds (K, N), where a merged layer is an nn.Linear with (N, K).
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear4bit):
+            dense = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            dense.weight = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
+            dense.bias = layer.bias
+            replace_module(model, name, dense)
+    with torch.device("meta"):
+        original = type(model)(model.config)
+    for name, layer in original.named_modules():
+        if is_conv1d(layer):
+            merged = model.get_submodule(name)
+            if isinstance(merged, nn.Linear):
+                merged.weight.data = merged.weight.data.t().contiguous()
+    return model
