@@ -38,7 +38,7 @@ _UNSUPPORTED = (
     "monteclora_config",
 )
 # Other ways to start (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something off the base as well.
-_STARTS_ON_THE_SAME_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+_STARTS_ON_THE_SAME_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ def merge(
     report = merge_to_directory(loaded, model, output, to)
     if as_json:
         return _print_json(report)
-    _console.print(f"wrote {output}: {report['layers']} layers merged to {to}")
+    _console.print(f"wrote {escape(str(output))}: {report['layers']} layers merged to {to}")
     if report["worst_snr_db"] is not None:
         _console.print(f"signal to quantisation noise at worst: {report['worst_snr_db']:.2f} dB")
 

@@ -25,14 +25,16 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     is not there.
     """
     transformers = _transformers()
+    from safetensors import SafetensorError
+
     directory, options = _locate(source)
-    if is_quantized_checkpoint(directory):
-        return _load_quantized(transformers, Path(directory), dtype)
     try:
+        if is_quantized_checkpoint(directory):
+            return _load_quantized(transformers, Path(directory), dtype)
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load a causal language model from {source}: {error}") from error
     return model.eval()
 

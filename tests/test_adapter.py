@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import qlora_ref
 from qlora_ref.adapter import load_adapter, save_adapter
@@ -80,13 +81,54 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q": 2}}]
+    "change",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q": 2}},
+        {"alpha_pattern": {"q": 2}},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"alora_invocation_tokens": [1, 2]},  # acts on some tokens only
+        {"init_lora_weights": "pissa"},  # starts by taking A and B off the base
+    ],
 )
 def test_what_this_library_cannot_compute_is_refused(tmp_path: Path, change: Any) -> None:
     save_adapter(trained(), tmp_path / "adapter")
     edit_config(tmp_path / "adapter", **change)
     with pytest.raises(ValueError, match="only plain LoRA"):
         load_adapter(base(), tmp_path / "adapter")
+
+
+def save_theirs(directory: Path, **options: Any) -> None:
+    dense = load_model(MODEL)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
+    peft.get_peft_model(dense, config).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"layers.0.self_attn.q_proj": 2}},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+    ],
+)
+def test_what_peft_writes_of_other_kinds_is_refused(tmp_path: Path, options: Any) -> None:
+    save_theirs(tmp_path, **options)
+    model = base()
+    with pytest.raises(ValueError, match="only plain LoRA is read"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(base()))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_every_plain_start_of_peft_is_read(tmp_path: Path, start: Any) -> None:
+    save_theirs(tmp_path, init_lora_weights=start)
+    assert len(load_adapter(base(), tmp_path).layers) == 4
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -101,6 +143,37 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot read the adapter"):
         load_adapter(base(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"r": 4'])
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: str | None) -> None:
+    save_adapter(trained(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match="cannot read the adapter's .*adapter_config.json"):
+        load_adapter(base(), tmp_path / "adapter")
+
+
+def test_matrices_of_another_rank_are_named(tmp_path: Path) -> None:
+    save_adapter(trained(), tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", r=8)
+    with pytest.raises(ValueError, match=r"lora_.\.weight must have shape .*, got"):
+        load_adapter(base(), tmp_path / "adapter")
+
+
+def test_a_full_disk_keeps_the_adapter_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(tensors: Any, path: Path, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    save_adapter(trained(), tmp_path / "adapter")
+    monkeypatch.setattr("safetensors.torch.save_file", run_out)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(trained(), tmp_path / "adapter")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    load_adapter(base(), tmp_path / "adapter")
 
 
 def test_a_model_without_adapters_has_nothing_to_save(tmp_path: Path) -> None:

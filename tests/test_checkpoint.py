@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import qlora_ref
@@ -108,6 +109,83 @@ def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("stored_double", [False, True])
+def test_a_model_in_4_bits_already_takes_over_a_checkpoint(
+    tmp_path: Path, stored_double: bool
+) -> None:
+    stored, model = quantised("fp4", stored_double), quantised("nf4", not stored_double)
+    save_model(stored, tmp_path / "model")
+    load_model_state(model, tmp_path / "model")
+    assert weights(model) == weights(stored)
+
+
+def test_a_codebook_of_ones_own_is_stored_with_its_levels(tmp_path: Path) -> None:
+    model = load_model(MODEL)
+    levels = torch.cat([torch.linspace(-1, 0, 9), torch.linspace(0.1, 0.9, 7)])
+    qlora_ref.convert_model(model, levels)
+    save_model(model, tmp_path / "model", 200_000)
+    loaded = load_model(tmp_path / "model")
+    assert weights(loaded) == weights(model)
+    assert weights(loaded)["model.layers.0.mlp.up_proj"].codebook_name == "custom"
+
+
+def tiny_gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_layers_that_were_conv1d_load_again(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    qlora_ref.convert_model(model)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert weights(loaded) == weights(model) and len(weights(model)) == 4
+    assert torch.equal(loaded.eval()(torch.arange(9)[None]).logits, model(torch.arange(9)[None])[0])
+
+
+def test_layers_that_were_conv1d_are_exchanged_with_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_gpt2().save_pretrained(tmp_path / "dense")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "dense", quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.arange(9)[None]
+    ours = load_model(tmp_path / "theirs")
+    expected = without_dropout(theirs)(ids).logits
+    assert torch.equal(without_dropout(ours)(ids).logits, expected)
+    save_model(ours, tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    assert torch.equal(without_dropout(again)(ids).logits, expected)
+
+
+def without_dropout(model: Any) -> Any:
+    """In training mode, since bitsandbytes repacks its layers in evaluation."""
+    model.train().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attn_pdrop"):
+            module.attn_pdrop = 0.0
+    return model
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(tensors: Any, path: Path, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = quantised()
+    save_model(model, tmp_path / "model")
+    monkeypatch.setattr("safetensors.torch.save_file", run_out)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(quantised("fp4"), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert weights(load_model(tmp_path / "model")) == weights(model)
+
+
 def break_file(path: Path, kind: str) -> str:
     """Spoil a checkpoint; returns what the error must name."""
     tensors = load_file(path)
@@ -120,6 +198,15 @@ def break_file(path: Path, kind: str) -> str:
     elif kind == "extra":
         tensors["model.surplus.weight"] = torch.zeros(3)
         named = "model.surplus.weight"
+    elif kind == "bias":  # of a layer that has none
+        tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(384)
+        named = "model.layers.0.mlp.up_proj.bias belongs to no module"
+    elif kind == "4-bit shape":
+        state = tensors.pop("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4")
+        text = bytes(state.tolist()).decode().replace("[128, 128]", "[64, 256]")
+        key = "model.layers.0.self_attn.q_proj.weight"
+        tensors[f"{key}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text.encode())).byte()
+        named = f"{key} must have shape"
     elif kind == "no scales":
         del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
         named = "model.layers.0.mlp.up_proj.weight.absmax"
@@ -130,12 +217,15 @@ def break_file(path: Path, kind: str) -> str:
     return named
 
 
-@pytest.mark.parametrize("kind", ["truncated", "missing", "extra", "no scales", "shape"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "missing", "extra", "bias", "no scales", "shape", "4-bit shape"]
+)
 def test_a_spoilt_checkpoint_is_refused_and_the_key_named(tmp_path: Path, kind: str) -> None:
     save_model(quantised(), tmp_path / "model")
     named = break_file(tmp_path / "model" / "model.safetensors", kind)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as caught:
         load_model_state(load_model(MODEL), tmp_path / "model")
+    assert str(tmp_path / "model") in str(caught.value)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
