@@ -287,7 +287,7 @@ def _print_result(result: Any) -> None:
     _console.print(str(result.memory), highlight=False, soft_wrap=True)
     for when, text in result.samples.items():
         _console.print(f"[bold]sample {when}[/bold] {escape(text)}", highlight=False)
-    _console.print(f"adapter, log and report in {result.output}")
+    _console.print(f"adapter, log and report in {escape(str(result.output))}")
 
 
 if __name__ == "__main__":

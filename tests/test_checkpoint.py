@@ -50,8 +50,10 @@ def test_a_saved_model_loads_with_every_bit(
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_a_weight_and_its_scales_share_a_shard(tmp_path: Path) -> None:
-    save_model(quantised(), tmp_path / "model", 50_000)
+# 25,000: the largest weights fit alone (24,576 bytes), but not together with their scales.
+@pytest.mark.parametrize("shard_bytes", [25_000, 50_000])
+def test_a_weight_and_its_scales_share_a_shard(tmp_path: Path, shard_bytes: int) -> None:
+    save_model(quantised(), tmp_path / "model", shard_bytes)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     shards = index["weight_map"]
     assert len(set(shards.values())) > 3

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from qlora_ref.cli import main
 from qlora_ref.dispatch import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +25,23 @@ TEXT = str(DATA / "devils_dictionary.jsonl")
 TINY = str(DATA / "tiny_llama")
 
 
-def qlora(*arguments: object) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora_ref.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def qlora(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has torch and transformers loaded already."""
+    command = ["qlora-ref", *map(str, arguments)]
+    out, err, code, threads = io.StringIO(), io.StringIO(), None, torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small, and the machine may be busy
+    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+    torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(command, int(code or 0), out.getvalue(), err.getvalue())
 
 
 def as_json(*arguments: object) -> Any:
@@ -95,20 +115,19 @@ def test_inspect_gives_the_error_against_the_original(
     original = _tensor(tmp_path / "float", row["name"])
     restored = _restored(tmp_path / "4bit", row["name"])
     noise = (original - restored).square().mean().item()
+    signal = original.square().mean().item()
     assert row["mse"] == pytest.approx(noise, rel=1e-9)
+    assert row["snr_db"] == pytest.approx(10 * math.log10(signal / noise), rel=1e-9)
+    assert row["max_error"] == (original - restored).abs().max().item()
     assert row["shape"] == list(original.shape) and row["block_size"] == 64
 
 
 def _tensor(directory: Path, name: str) -> torch.Tensor:
-    from safetensors.torch import load_file
-
     return load_file(directory / "model.safetensors")[name].double()
 
 
 def _restored(directory: Path, name: str) -> torch.Tensor:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
-    from safetensors.torch import load_file
-
     tensors = load_file(directory / "model.safetensors")
     parts = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
     state = bnb.QuantState.from_dict(parts, device="cpu")
@@ -146,3 +165,75 @@ def test_an_error_is_one_line_and_names_the_culprit(arguments: Any, message: str
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().startswith("error:")
+
+
+def test_a_process_of_its_own_does_the_same() -> None:
+    done = in_a_process("doctor", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["operations"]
+    done = in_a_process("inspect", "/nowhere.safetensors")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_finetune_away_from_a_terminal_prints_plain_lines(tmp_path: Path) -> None:
+    options = ["--steps", 2, "--length", 32, "--evaluation-sequences", 2]
+    done = qlora("finetune", "--model", TINY, "--data", TEXT, "--output", tmp_path / "o", *options)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr
+    steps = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1/2", "2/2"]
+    assert "held-out perplexity" in done.stdout and "tokens a second" in done.stdout
+
+
+def test_brackets_in_names_and_samples_are_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = qlora("evaluate", "--model", "/no/[red]such[/blue]", "--data", TEXT)
+    assert done.returncode == 1 and "/no/[red]such[/blue]" in done.stderr
+    monkeypatch.setattr("qlora_ref.finetune.generate", lambda *rest: "wild [/text] [bold]")
+    output = tmp_path / "a[/b]"
+    options = ["--steps", 1, "--length", 32, "--evaluation-sequences", 2, "--sample-prompt", "x"]
+    done = qlora("finetune", "--model", TINY, "--data", TEXT, "--output", output, *options)
+    assert done.returncode == 0, done.stderr
+    assert "wild [/text] [bold]" in done.stdout
+
+
+def test_inspect_tells_files_directories_and_models_alike(
+    run: tuple[Path, Any], tmp_path: Path
+) -> None:
+    qlora("merge", "--model", TINY, "--adapter", run[0] / "adapter", "--output", tmp_path / "m")
+    adapter = run[0] / "adapter"
+    qlora("merge", "--model", TINY, "--adapter", adapter, "--output", tmp_path / "q", "--to=4bit")
+    directory = as_json("inspect", tmp_path / "q")
+    assert as_json("inspect", tmp_path / "q" / "model.safetensors") == directory
+    assert sum(row["codebook"] == "nf4" for row in directory) == 28
+    for row in directory:
+        if row["codebook"]:  # 4 + 8 / 64 + 32 / (64 * 256) bits, the offset and rounding up
+            assert 4.127 <= row["bits_per_parameter"] < 4.14
+    dense = as_json("inspect", TINY)
+    assert {row["name"] for row in dense} == {row["name"] for row in directory}
+    assert {row["bits_per_parameter"] for row in dense} == {16.0}
+    assert sum(math.prod(row["shape"]) for row in dense) == 918656
+    table = qlora("inspect", tmp_path / "q").stdout
+    assert "39 tensors" in table and "nf4" in table
+
+
+def test_inspect_refuses_an_original_of_other_shapes(tmp_path: Path) -> None:
+    from qlora_ref import convert_model
+    from qlora_ref.checkpoint import save_model
+    from qlora_ref.models import load_model
+
+    model: Any = load_model(TINY)
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(128, 256, bias=False)
+    convert_model(model)
+    save_model(model, tmp_path / "m")
+    done = qlora("inspect", tmp_path / "m", "--original", TINY)
+    assert done.returncode == 1 and "must have shape" in done.stderr
+
+
+def test_merge_refuses_a_directory_that_exists(run: tuple[Path, Any], tmp_path: Path) -> None:
+    adapter = run[0] / "adapter"
+    done = qlora("merge", "--model", TINY, "--adapter", adapter, "--output", tmp_path)
+    assert done.returncode == 1 and "exists already" in done.stderr
+    done = qlora("merge", "--model", TINY, "--adapter", tmp_path, "--output", tmp_path / "new")
+    assert done.returncode == 1 and "adapter_config.json" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -110,7 +110,7 @@ def test_killed_while_it_writes_a_checkpoint_it_ends_with_the_same_bits(
     [
         ("safetensors.torch.save_file", 1),  # nothing of the first checkpoint is written
         ("os.fsync", 3),  # the first checkpoint is written, but not renamed
-        ("os.replace", 4),  # just before the second checkpoint's rename, or a report's
+        ("os.replace", 4),  # the last of four checkpoints is whole, but not renamed
         ("shutil.rmtree", 1),  # the oldest checkpoint is to be removed
     ],
 )
