@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +109,7 @@ def finetune(
 ) -> None:
     """Fine-tune: quantise a model, train adapters on a text, report perplexity before and after."""
     options = dict(locals())
-    options["targets"] = targets.split(",") if "," in targets else targets
+    options["targets"] = _parse_targets(targets)
     settings = Settings(**{name: options[name] for name in asdict(_DEFAULT)})
     from qlora_ref.finetune import finetune as run
 
@@ -266,6 +267,12 @@ def _load(
     if codebook != "none" and not quantised:
         convert_model(model, codebook, block_size, double_quant)
     return model
+
+
+def _parse_targets(text: str) -> str | list[str]:
+    """Names separated by commas, one name among them, as a list; the rest as it is."""
+    names_alone = text != "all-linear" and re.fullmatch(r"[\w.,]+", text)
+    return text.split(",") if names_alone else text
 
 
 def _plot(output: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_ref.cli import main
+from qlora_ref.cli import _parse_targets, main
 from qlora_ref.dispatch import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +237,16 @@ def test_merge_refuses_a_directory_that_exists(run: tuple[Path, Any], tmp_path: 
     done = qlora("merge", "--model", TINY, "--adapter", tmp_path, "--output", tmp_path / "new")
     assert done.returncode == 1 and "adapter_config.json" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_one_name_is_a_list_of_names_and_not_a_regular_expression(text: str, expected: Any) -> None:
+    assert _parse_targets(text) == expected
