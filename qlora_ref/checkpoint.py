@@ -60,22 +60,12 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
     names = tensor_format.stored_names(own)  # a layer in 4 bits already is missing as a whole
     missing = set(own) - {k for n in names for k in _keys_of(n, list(own)) if k != n}
     for file in checkpoint_files(directory):
-        with _opened(file) as tensors:
-            keys = list(tensors.keys())
-            groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
-            for name, group in groups.items():
-                stored = {key: tensors.get_tensor(key) for key in group}
-                try:
-                    weight = tensor_format.from_tensors(stored, name)
-                except ValueError as error:
-                    raise ValueError(f"{file}: {error}") from error
-                _install(model, name, weight, file)
-                missing.discard(name)
-            grouped = {key for group in groups.values() for key in group}
-            for key in keys:
-                if key not in grouped:
-                    _copy(model, key, tensors.get_tensor(key), file)
-                    missing.discard(key)
+        for name, tensor in _tensors_in(file):
+            if isinstance(tensor, QuantizedTensor):
+                _install(model, name, tensor, file)
+            else:
+                _copy(model, name, tensor, file)
+            missing.discard(name)
     if missing:
         raise ValueError(f"{directory} lacks {sorted(missing)[:5]}: a checkpoint of another model")
 
@@ -105,17 +95,7 @@ def checkpoint_files(path: Path | str) -> list[Path]:
 def stored_tensors(path: Path | str) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
     """Every tensor of a checkpoint by name, one at a time; 4-bit ones as QuantizedTensor."""
     for file in checkpoint_files(path):
-        with _opened(file) as tensors:
-            keys = list(tensors.keys())
-            grouped: set[str] = set()
-            for name in tensor_format.stored_names(keys):
-                group = _keys_of(name, keys)
-                grouped |= set(group)
-                stored = {key: tensors.get_tensor(key) for key in group}
-                yield name, tensor_format.from_tensors(stored, name)
-            for key in keys:
-                if key not in grouped:
-                    yield key, tensors.get_tensor(key)
+        yield from _tensors_in(file)
 
 
 def is_quantized_checkpoint(directory: Path | str) -> bool:
@@ -126,6 +106,23 @@ def is_quantized_checkpoint(directory: Path | str) -> bool:
         return False
     quantization = config.get("quantization_config") or {}
     return bool(quantization.get("load_in_4bit") or quantization.get("quant_method") == "qlora_ref")
+
+
+def _tensors_in(file: Path) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+    with _opened(file) as tensors:
+        keys = list(tensors.keys())
+        groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
+        for name, group in groups.items():
+            stored = {key: tensors.get_tensor(key) for key in group}
+            try:
+                weight = tensor_format.from_tensors(stored, name)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            yield name, weight
+        grouped = {key for group in groups.values() for key in group}
+        for key in keys:
+            if key not in grouped:
+                yield key, tensors.get_tensor(key)
 
 
 def _opened(file: Path) -> Any:
@@ -164,11 +161,7 @@ def _install(model: nn.Module, name: str, weight: QuantizedTensor, file: Path) -
 def _layer_for(old: nn.Module) -> Module4bit | None:
     if isinstance(old, Module4bit):
         return old
-    if isinstance(old, nn.Linear):
-        layer = Linear4bit(old.in_features, old.out_features, old.bias is not None, device="meta")
-        layer.bias = old.bias
-        return layer
-    if is_conv1d(old):  # its 4-bit weight is stored as that of a linear layer, (N, K)
+    if isinstance(old, nn.Linear) or is_conv1d(old):  # a Conv1D's is stored as (N, K), too
         weight, bias = dense_parameters(old)
         layer = Linear4bit(weight.shape[1], weight.shape[0], device="meta")
         layer.bias = bias  # type: ignore[assignment]
