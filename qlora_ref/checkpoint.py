@@ -19,7 +19,7 @@ from qlora_ref import tensor_format
 from qlora_ref.files import written_aside
 from qlora_ref.linear import Embedding4bit, Linear4bit, dense_parameters, is_conv1d
 from qlora_ref.lora import lora_layers, replace_module
-from qlora_ref.module4bit import Module4bit
+from qlora_ref.module4bit import Module4bit, layers_4bit
 from qlora_ref.quantized import QuantizedTensor
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5
         raise ValueError(
             "the model has adapters: merge them first, or write them with save_adapter"
         )
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Module4bit)}
+    layers = layers_4bit(model)
     if not layers:
         raise ValueError("the model has no 4-bit layer: convert_model it first")
     shards = _shards(_distinct(model.state_dict()), max_shard_bytes)

@@ -259,12 +259,11 @@ def _load(
 
     from qlora_ref.convert import convert_model
     from qlora_ref.models import load_model
-    from qlora_ref.module4bit import Module4bit
+    from qlora_ref.module4bit import layers_4bit
     from qlora_ref.settings import choose_dtype
 
     model = load_model(source, choose_dtype(compute_dtype, torch.device("cpu")))
-    quantised = any(isinstance(module, Module4bit) for module in model.modules())
-    if codebook != "none" and not quantised:
+    if codebook != "none" and not layers_4bit(model):
         convert_model(model, codebook, block_size, double_quant)
     return model
 

@@ -52,6 +52,11 @@ def evaluate(
     return Evaluation(total / targets, targets)
 
 
+def count_targets(batch: dict[str, Tensor]) -> int:
+    """Over how many tokens `summed_loss` sums: those whose label is not -100, but for the first."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """The summed loss of a batch, and over how many target tokens it sums.
 
@@ -65,7 +70,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int
     # Rows without a target are dropped before the softmax, which is as wide as the vocabulary.
     predicted = logits[:, :-1].flatten(0, 1)[chosen].float()
     loss = nn.functional.cross_entropy(predicted, targets[chosen], reduction="sum")
-    return loss, int(chosen.sum())
+    return loss, count_targets(batch)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int = 40) -> str:

@@ -29,12 +29,19 @@ from qlora_ref.data import (
     split_held_out,
     tokenize,
 )
-from qlora_ref.evaluate import WIDTH_MULTIPLE, Evaluation, evaluate, generate, summed_loss
+from qlora_ref.evaluate import (
+    WIDTH_MULTIPLE,
+    Evaluation,
+    count_targets,
+    evaluate,
+    generate,
+    summed_loss,
+)
 from qlora_ref.files import written_aside
 from qlora_ref.lora import LoraReport, adapters_disabled, add_lora
 from qlora_ref.memory import MemoryReport, memory_report, resident_bytes
 from qlora_ref.models import load_model, load_tokenizer
-from qlora_ref.module4bit import Module4bit
+from qlora_ref.module4bit import layers_4bit
 from qlora_ref.optim import AdamW
 from qlora_ref.settings import OPTIMIZERS, Settings, choose_dtype, learning_rate
 from qlora_ref.training_state import (
@@ -155,7 +162,7 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
     train, held_out = _sequences(settings, examples, tokenizer)
     dtype = choose_dtype(settings.compute_dtype, device)
     model = load_model(settings.model, dtype)
-    if any(isinstance(module, Module4bit) for module in model.modules()):
+    if layers_4bit(model):
         tell("the model is in 4 bits already")
     else:
         tell(f"quantising to {settings.codebook}, computing in {dtype}")
@@ -245,7 +252,7 @@ def _step(run: _Run, order: BatchOrder, step: int) -> StepLog:
     batches = list(_micro_batches(run, order, step))
     # The mean is over the tokens of the whole step: a mean of the micro-batches' means would weigh
     # a token by the length of its neighbours.
-    targets = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+    targets = sum(count_targets(batch) for batch in batches)
     total = 0.0
     for batch in batches:
         loss, _ = summed_loss(run.model, batch)

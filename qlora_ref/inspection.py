@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora_ref.checkpoint import stored_tensors
 from qlora_ref.models import load_model
-from qlora_ref.module4bit import Module4bit
+from qlora_ref.module4bit import layers_4bit
 from qlora_ref.quantized import QuantizedTensor
 
 
@@ -62,10 +62,8 @@ def _tensors(source: str | Path) -> Iterator[tuple[str, QuantizedTensor | Tensor
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
-    quantised = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Module4bit):
-            quantised[f"{name}.weight".lstrip(".")] = module.quantized_weight
+    layers = layers_4bit(model).items()
+    quantised = {f"{name}.weight".lstrip("."): layer.quantized_weight for name, layer in layers}
     for name, parameter in model.named_parameters():
         yield name, quantised.get(name, parameter.detach())
 

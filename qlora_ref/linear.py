@@ -190,6 +190,16 @@ def dense_parameters(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:
     raise TypeError(f"expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
 
 
+def dense_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """A frozen nn.Linear that holds this weight (N, K) and this bias, in the weight's dtype."""
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return layer.train(training)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is the Conv1D of GPT-2: a linear layer with the weight stored (K, N)."""
     # By name, since transformers need not be installed.

@@ -19,8 +19,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
-from qlora_ref.module4bit import Module4bit
+from qlora_ref.linear import Linear4bit, dense_linear, dense_parameters, is_conv1d
+from qlora_ref.module4bit import layers_4bit
 from qlora_ref.quantized import QuantizationError, quantize
 
 
@@ -123,7 +123,7 @@ class LoRA(nn.Module):
             raise ValueError(f'to must be "float" or "4bit", got {to!r}')
         merged = (_dense_weight(self.base).double() + self.delta()).to(dtype)
         if to == "float":
-            return _linear(merged, self.bias, self.training)
+            return dense_linear(merged, self.bias, self.training)
         if not isinstance(self.base, Linear4bit):
             raise TypeError(
                 f"the base is a {type(self.base).__name__}, not in 4 bits: merge to float"
@@ -204,12 +204,12 @@ def merge_lora(
     returns  for "4bit", the error that quantising each sum caused; for "float", nothing
     Raises ValueError if the model has no adapters.
     """
-    names = list(lora_layers(model))
-    if not names or names == [""]:
+    adapters = lora_layers(model)
+    if not adapters or "" in adapters:
         raise ValueError("the model has no adapters to merge; of a single LoRA, call its merge()")
     errors: dict[str, QuantizationError] = {}
-    for name in names:
-        adapter = lora_layers(model)[name]
+    for name in list(adapters):
+        adapter = adapters.pop(name)  # so that its base is freed before the next is merged
         if to == "4bit":
             layer, errors[name] = adapter.merge("4bit", dtype)
             replace_module(model, name, layer)
@@ -238,7 +238,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters; a quantised weight counts as the values that it stands for."""
-    layers = [module for module in model.modules() if isinstance(module, Module4bit)]
+    layers = layers_4bit(model).values()
     packed = {id(layer.weight): layer.weight_shape.numel() for layer in layers}
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
@@ -291,12 +291,3 @@ def _dense_weight(base: nn.Module) -> Tensor:
     if isinstance(base, Linear4bit):
         return base.dequantize(torch.float32)
     return dense_parameters(base)[0].detach()
-
-
-def _linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    rows, columns = weight.shape
-    layer = nn.Linear(columns, rows, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    return layer.train(training)

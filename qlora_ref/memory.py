@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
-from qlora_ref.data import IGNORED_LABEL
-from qlora_ref.evaluate import summed_loss
+from qlora_ref.evaluate import count_targets, summed_loss
 from qlora_ref.lora import lora_layers
-from qlora_ref.module4bit import Module4bit
+from qlora_ref.module4bit import Module4bit, layers_4bit
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def memory_report(
     are counted from the tensors; activations are all tensors that a forward made and that are
     alive at its end, when the backward begins. One forward is run.
     """
-    layers = [module for module in model.modules() if isinstance(module, Module4bit)]
+    layers = list(layers_4bit(model).values())
     adapters = lora_layers(model).values()
     values = sum(layer.weight_shape.numel() for layer in layers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -154,7 +153,7 @@ def _activations_item(model: nn.Module, batch: dict[str, Tensor]) -> Item:
     # Checkpointing keeps the input of each layer and of the final norm; the loss keeps the float32
     # log-probabilities of the rows that have a target.
     tokens = batch["input_ids"].numel()
-    targets = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+    targets = count_targets(batch)
     width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
     hidden = tokens * (config.num_hidden_layers + 1) * config.hidden_size * width
     formula = f"{width} tokens (layers + 1) d + 4 targets V"

@@ -10,9 +10,10 @@ from torch import nn
 
 from qlora_ref.checkpoint import save_model
 from qlora_ref.files import written_aside
-from qlora_ref.linear import Linear4bit, is_conv1d
+from qlora_ref.linear import Linear4bit, dense_linear, is_conv1d
 from qlora_ref.lora import lora_layers, merge_lora, replace_module
 from qlora_ref.models import load_tokenizer
+from qlora_ref.module4bit import layers_4bit
 
 
 def merge_to_directory(
@@ -48,12 +49,10 @@ def _as_transformers_keeps_it(model: Any) -> Any:
 
     GPT-2's Conv1D holds (K, N), where a merged layer is an nn.Linear with (N, K).
     """
-    for name, layer in list(model.named_modules()):
+    for name, layer in layers_4bit(model).items():
         if isinstance(layer, Linear4bit):
-            dense = nn.Linear(layer.in_features, layer.out_features, device="meta")
-            dense.weight = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
-            dense.bias = layer.bias
-            replace_module(model, name, dense)
+            weight = layer.dequantize(torch.float32)
+            replace_module(model, name, dense_linear(weight, layer.bias, layer.training))
     with torch.device("meta"):
         original = type(model)(model.config)
     for name, layer in original.named_modules():

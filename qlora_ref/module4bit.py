@@ -27,6 +27,11 @@ _BUFFERS = {
 }
 
 
+def layers_4bit(model: nn.Module) -> dict[str, Module4bit]:
+    """The modules of a model whose weight is in 4 bits, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Module4bit)}
+
+
 class Module4bit(nn.Module):
     """A module whose `weight` is held in 4 bits. Subclasses call `set_quantized_weight`."""
 

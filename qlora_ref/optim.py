@@ -6,6 +6,7 @@ Quantization (arXiv 2110.02861). The arithmetic is ops.adamw_step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -96,8 +97,7 @@ class AdamW(torch.optim.Optimizer):
         names = _TENSORS[group["state_bits"]]
         tensors: list[Any] = [[state[name] for state in states] for name in names]
         if group["state_bits"] == 8:
-            device = params[0].device
-            tensors += [dynamic_codebook(True).to(device), dynamic_codebook(False).to(device)]
+            tensors += [_codebook(signed, params[0].device) for signed in (True, False)]
         ops.adamw_step(
             params,
             [param.grad for param in params if param.grad is not None],
@@ -155,12 +155,19 @@ def _alike(params: list[Tensor], steps: list[int]) -> list[list[Tensor]]:
     return list(batches.values())
 
 
+@functools.cache
+def _codebook(signed: bool, device: torch.device) -> Tensor:
+    # Every step wants both; nothing changes them.
+    return dynamic_codebook(signed).to(device)
+
+
 def _zero_state(param: Tensor, state_bits: int) -> dict[str, Any]:
     if state_bits == 32:
         zeros = {name: _zeros(param, param.shape, torch.float32) for name in _TENSORS[32]}
         return {"step": 0, **zeros}
     blocks = -(-param.numel() // DYNAMIC_BLOCK_SIZE)
-    first_zero, second_zero = (int((dynamic_codebook(s) == 0).nonzero()) for s in (True, False))
+    tables = (_codebook(signed, param.device) for signed in (True, False))
+    first_zero, second_zero = (int((table == 0).nonzero()) for table in tables)
     return {
         "step": 0,
         "exp_avg": _zeros(param, param.shape, torch.uint8).fill_(first_zero),
