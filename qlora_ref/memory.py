@@ -57,9 +57,9 @@ def memory_report(
 ) -> MemoryReport:
     """Count what a training step on this batch holds.
 
-    Codes, scales, the parameters outside them, adapters, their gradients and the optimizer's state
-    are counted from the tensors; activations are all tensors that a forward made and that are
-    alive at its end, when the backward begins. One forward is run.
+    Codes, scales, the parameters outside them, adapters and the optimizer's state are counted from
+    the tensors; activations are all tensors that a forward made and that are alive at its end, when
+    the backward begins. One forward and one backward are run; `.grad` stays as it is.
     """
     layers = list(layers_4bit(model).values())
     adapters = lora_layers(model).values()
@@ -70,9 +70,8 @@ def memory_report(
     bits = optimizer.param_groups[0].get("state_bits", 32)
     state_bytes = rank_sum * 8 if bits == 32 else rank_sum * 2 + rank_sum * 8 // DYNAMIC_BLOCK_SIZE
     state_formula = "8 r (N + K)" if bits == 32 else "(2 + 8 / 256) r (N + K)"
-    dense = [
-        p for p in _distinct(model.parameters()) if not p.requires_grad and p.is_floating_point()
-    ]
+    dense = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    alive, gradients = _run_step(model, batch, trained)
     states = (tensor for state in optimizer.state.values() for tensor in state.values())
     return MemoryReport(
         [
@@ -80,9 +79,9 @@ def memory_report(
             _scales_item(layers),
             Item("other weights", _size(dense), None, "embeddings, norms, output head"),
             Item("adapters", _size(trained), rank_sum * width, f"{width} r (N + K)"),
-            Item("gradients", _size(trained), rank_sum * width, f"{width} r (N + K)"),
+            Item("gradients", gradients, rank_sum * width, f"{width} r (N + K)"),
             Item("optimizer state", _size(states), state_bytes, state_formula),
-            _activations_item(model, batch),
+            _activations_item(model, batch, alive),
         ]
     )
 
@@ -113,14 +112,7 @@ class LiveTensors(TorchDispatchMode):
 
 def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """Bytes that a forward in training mode leaves alive for its backward."""
-    training = model.training
-    model.train()
-    with LiveTensors() as live:
-        loss, _ = summed_loss(model, batch)
-        alive = live.nbytes
-    del loss
-    model.train(training)
-    return alive
+    return _run_step(model, batch, [])[0]
 
 
 def resident_bytes() -> int:
@@ -144,8 +136,21 @@ def _scales_item(layers: list[Module4bit]) -> Item:
     return Item("scales", measured, expected, formula)
 
 
-def _activations_item(model: nn.Module, batch: dict[str, Tensor]) -> Item:
-    measured = activation_bytes(model, batch)
+def _run_step(
+    model: nn.Module, batch: dict[str, Tensor], trained: list[nn.Parameter]
+) -> tuple[int, int]:
+    """Bytes alive at the end of a forward, and bytes of the gradients that its backward makes."""
+    training = model.training
+    model.train()
+    with LiveTensors() as live:
+        loss, _ = summed_loss(model, batch)
+        alive = live.nbytes
+    gradients = torch.autograd.grad(loss, trained) if trained else ()
+    model.train(training)
+    return alive, _size(gradients)
+
+
+def _activations_item(model: nn.Module, batch: dict[str, Tensor], measured: int) -> Item:
     config = getattr(model, "config", None)
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if config is None or not checkpointed:
@@ -162,10 +167,6 @@ def _activations_item(model: nn.Module, batch: dict[str, Tensor]) -> Item:
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _size(tensors: Iterable[Any]) -> int:
