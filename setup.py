@@ -25,12 +25,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-CPU_LIBRARY = "qlora_ref.libqlora_cpu"
 
 # Contraction would fuse products and sums into fewer roundings where the processor can: other bits
-# than the reference. Without errno, sqrt is one instruction. -march is left at its default, so
-# that a wheel runs on every machine of its architecture.
+# than the reference. Without errno, sqrt is one instruction.
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+
+# Every source is compiled once for each of these, into a library each (libraries share no inline
+# functions, which a linker would merge into those of one instruction set). native.py loads the best
+# one that the processor has, so that a wheel runs on every machine of its architecture. Each set
+# includes those before it.
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx512_bf16": ["-mavx512bf16"],
+    "amx": ["-mamx-tile", "-mamx-bf16"],
+}
 
 
 def cpu_sources() -> list[Path]:
@@ -47,6 +57,20 @@ def find_compiler() -> list[str]:
     raise CompileError(f"{missing}: install g++ or clang++, or name another in CXX")
 
 
+def isa_flags(compiler: list[str]) -> dict[str, list[str]]:
+    """The flags for each instruction set that the compiler can compile for, from ISA_FLAGS."""
+    flags: list[str] = []
+    known = {}
+    for isa, added in ISA_FLAGS.items():
+        flags = [*flags, *added]
+        command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", "-"]
+        tried = subprocess.run(command, input="", text=True, capture_output=True, check=False)
+        if tried.returncode != 0:
+            break  # another architecture, or a compiler older than the instruction set
+        known[isa] = flags
+    return known
+
+
 def openmp_flags(compiler: list[str]) -> list[str]:
     """-fopenmp where the code it makes can run on torch's own OpenMP, else nothing.
 
@@ -60,7 +84,7 @@ def openmp_flags(compiler: list[str]) -> list[str]:
     return ["-fopenmp"] if tried.returncode == 0 else []
 
 
-def compile_library(sources: list[Path], library: Path) -> None:
+def compile_library(sources: list[Path], library: Path, isa_flags: list[str]) -> None:
     """Compile C++ sources, several at a time, and link them to one shared library.
 
     Raises CompileError with what the compiler says.
@@ -68,7 +92,7 @@ def compile_library(sources: list[Path], library: Path) -> None:
     compiler = find_compiler()
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*CPU_FLAGS, *openmp_flags(compiler)]
+        flags = [*CPU_FLAGS, *isa_flags, *openmp_flags(compiler)]
         objects = [Path(folder, source.stem + ".o") for source in sources]
         commands = [
             [*compiler, *flags, "-c", str(source), "-o", str(target)]
@@ -102,6 +126,7 @@ class BuildLibraries(build_ext):
             compile_library(
                 [ROOT / source for source in extension.sources],
                 Path(self.get_ext_fullpath(extension.name)),
+                extension.extra_compile_args,
             )
         except CompileError:
             self.warn(
@@ -121,9 +146,22 @@ class PlatformWheel(bdist_wheel):
 def extensions() -> list[Extension]:
     if os.environ.get("QLORA_REF_BUILD_CPU") == "0":
         return []
+    try:
+        flags_of = isa_flags(find_compiler())
+    except CompileError:
+        flags_of = {"baseline": []}  # building it says what is missing
     sources = [str(path.relative_to(ROOT)) for path in cpu_sources()]
     headers = [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")]
-    return [Extension(CPU_LIBRARY, sources, depends=headers, optional=True)]
+    return [
+        Extension(
+            f"qlora_ref.libqlora_cpu_{isa}",
+            sources,
+            depends=headers,
+            extra_compile_args=flags,
+            optional=True,
+        )
+        for isa, flags in flags_of.items()
+    ]
 
 
 def packages() -> list[str]:

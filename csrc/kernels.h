@@ -16,13 +16,20 @@ enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 // What each function returns.
 enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2 };
 
+// What the sources in cpu/ are compiled for; each set includes those before it.
+enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+
 // Raised whenever a signature below changes, so that Python refuses a library built before that.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 extern "C" {
 
 // kInterfaceVersion, as the library was compiled with it.
 int interface_version();
+
+// The last Isa that this processor and its operating system run. On Linux it asks for the right to
+// use AMX's tiles, which a process needs once.
+int best_isa();
 
 // code[i] = the code nearest to x[i] / absmax[i / block_size], packed with the even one high;
 // absmax[b] = the largest |x| of block b. x: dtype (n); codebook (16); packed (ceil(n / 2)).

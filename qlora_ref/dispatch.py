@@ -32,10 +32,32 @@ OPERATIONS = (
 )
 BACKENDS = ("cuda", "cpu", "triton", "reference")  # in order of preference
 
-_forced: str | None = None
+_forced: dict[str, str | None] = {"backend": None, "isa": None}
 
 
-class force_backend:  # noqa: N801  (used as a function and as a context manager)
+class _Force:
+    """Sets an entry of `_forced` from now on, or until the end of a `with` block."""
+
+    _kind: str
+    _names: tuple[str, ...]
+
+    def __init__(self, name: str | None) -> None:
+        self._before = _forced[self._kind]
+        _forced[self._kind] = None if name is None else _check(self._kind, name, self._names)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _forced[self._kind] = self._before
+
+
+class force_backend(_Force):  # noqa: N801  (used as a function and as a context manager)
     """Run every operation on one backend from now on, or until the end of a `with` block.
 
         force_backend("reference")            # from now on
@@ -50,22 +72,20 @@ class force_backend:  # noqa: N801  (used as a function and as a context manager
     `native.BackendUnavailable` (a RuntimeError) when it is called.
     """
 
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        self._before = _forced
-        _forced = None if name is None else _check_backend(name)
+    _kind, _names = "backend", BACKENDS
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _forced
-        _forced = self._before
+class force_isa(_Force):  # noqa: N801
+    """Run the C++ kernels that were compiled for one instruction set, used as `force_backend` is.
+
+    CPU tensors then take the backend `cpu`, or raise where it cannot run them.
+    `QLORA_REF_ISA=avx2` in the environment does the same from the start.
+
+    name     "baseline", "avx2", "avx512", "avx512_bf16", "amx", or None for the best there is
+    Raises as `force_backend` does.
+    """
+
+    _kind, _names = "isa", native.ISAS
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,7 @@ def explain(operation: str, where: Tensor | torch.device | str = "cpu") -> Expla
     """
     _check_operation(operation)
     device = where.device if isinstance(where, Tensor) else torch.device(where)
-    chosen, forced = None, forced_backend()
+    chosen, forced = None, _forced_on(device.type)
     reasons = {}
     for backend in BACKENDS:
         obstacle = _obstacle(backend, operation, device.type)
@@ -108,7 +128,7 @@ def explain(operation: str, where: Tensor | torch.device | str = "cpu") -> Expla
 
 def select(operation: str, device: torch.device) -> Callable[..., Any]:
     """The function that runs an operation on tensors of a device."""
-    forced = forced_backend()
+    forced = _forced_on(device.type)
     if forced is not None:
         obstacle = _obstacle(forced, operation, device.type)
         if obstacle is not None:
@@ -116,15 +136,29 @@ def select(operation: str, device: torch.device) -> Callable[..., Any]:
                 f"the backend {forced!r} is forced but cannot run {operation} on {device}: "
                 f"{obstacle}. Lift it with force_backend(None), or see `qlora-ref doctor`"
             )
-        return _load(forced, operation)
-    return _load(_preferred(operation, device.type), operation)
+        return _load(forced, operation, forced_isa())
+    return _load(_preferred(operation, device.type), operation, None)
 
 
 def forced_backend() -> str | None:
     """The backend that is forced, by `force_backend` or by QLORA_REF_BACKEND; None if none is."""
-    if _forced is None and (name := os.environ.get("QLORA_REF_BACKEND")):
-        return _check_backend(name)
-    return _forced
+    return _forced["backend"] or _from_environment("QLORA_REF_BACKEND", "backend", BACKENDS)
+
+
+def forced_isa() -> str | None:
+    """The instruction set that is forced, by `force_isa` or by QLORA_REF_ISA; None if none is."""
+    return _forced["isa"] or _from_environment("QLORA_REF_ISA", "isa", native.ISAS)
+
+
+def _from_environment(variable: str, kind: str, names: tuple[str, ...]) -> str | None:
+    name = os.environ.get(variable)
+    return _check(kind, name, names) if name else None
+
+
+def _forced_on(device_type: str) -> str | None:
+    """The backend that is forced on a device: forcing an instruction set forces the C++ kernels."""
+    forced = forced_backend()
+    return "cpu" if forced is None and device_type == "cpu" and forced_isa() else forced
 
 
 def _check_operation(operation: str) -> None:
@@ -132,9 +166,9 @@ def _check_operation(operation: str) -> None:
         raise ValueError(f"no operation is called {operation!r}: expected one of {OPERATIONS}")
 
 
-def _check_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"no backend is called {name!r}: expected one of {BACKENDS}")
+def _check(kind: str, name: str, names: tuple[str, ...]) -> str:
+    if name not in names:
+        raise ValueError(f"no {kind} is called {name!r}: expected one of {names}")
     return name
 
 
@@ -150,7 +184,7 @@ def _obstacle(backend: str, operation: str, device_type: str) -> str | None:
     if backend == "triton" and device_type != "cuda" and not _triton_is_interpreted():
         return "works on cuda tensors, or on the CPU under TRITON_INTERPRET=1"
     try:
-        _load(backend, operation)
+        _load(backend, operation, forced_isa())
     except native.BackendUnavailable as unavailable:
         return str(unavailable)
     return None
@@ -162,9 +196,9 @@ def _triton_is_interpreted() -> bool:
 
 
 @functools.cache
-def _load(backend: str, operation: str) -> Callable[..., Any]:
+def _load(backend: str, operation: str, isa: str | None) -> Callable[..., Any]:
     if backend in ("cpu", "cuda"):
-        return native.load(backend, operation)
+        return native.load(backend, operation, isa)
     package = "qlora_ref.reference" if backend == "reference" else "qlora_kernels"
     if backend == "triton":
         _require_triton(operation)

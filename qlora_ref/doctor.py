@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qlora_ref.dispatch import OPERATIONS, explain, forced_backend
+from qlora_ref import native
+from qlora_ref.dispatch import OPERATIONS, explain, forced_backend, forced_isa
 
 _PACKAGES = {
     "numpy": "needed",
@@ -32,6 +33,7 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: _version(name) or f"absent ({why})" for name, why in _PACKAGES.items()},
         "tools": {tool: shutil.which(tool) or "absent" for tool in ("g++", "clang++", "nvcc")},
         "forced_backend": forced_backend(),
+        "instruction_set": _instruction_set(),
         "operations": {
             device: {name: _serves(name, device) for name in OPERATIONS} for device in devices
         },
@@ -49,6 +51,15 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": cuda,
     }
+
+
+def _instruction_set() -> str:
+    """The one that the C++ kernels use, and those that they could be forced to use."""
+    try:
+        available = native.available_isas(native.FOLDER)
+    except native.BackendUnavailable as unavailable:
+        return f"none: {unavailable}"
+    return f"{forced_isa() or available[-1]}, of {', '.join(available)}"
 
 
 def _serves(operation: str, device: str) -> dict[str, Any]:

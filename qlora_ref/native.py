@@ -22,9 +22,12 @@ from torch import Tensor
 
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
 
-CPU_LIBRARY = Path(__file__).parent / "libqlora_cpu.so"
+FOLDER = Path(__file__).parent  # where setup.py puts libqlora_cpu_<isa>.so, one for each of ISAS
 
-INTERFACE_VERSION = 1  # kInterfaceVersion in csrc/kernels.h
+# What csrc/cpu is compiled for, in the order of enum Isa in csrc/kernels.h; each includes the last.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+
+INTERFACE_VERSION = 2  # kInterfaceVersion in csrc/kernels.h
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 
@@ -32,6 +35,7 @@ _QUANTIZE = (c_void_p, c_int, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_
 _DEQUANTIZE = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int)
 SIGNATURES: dict[str, Sequence[type]] = {
     "interface_version": (),
+    "best_isa": (),
     "quantize_4bit": _QUANTIZE,
     "dequantize_4bit": _DEQUANTIZE,
     "quantize_8bit": _QUANTIZE,
@@ -48,24 +52,51 @@ class BackendUnavailable(RuntimeError):
     """A backend cannot run an operation; the text says why."""
 
 
-def load(backend: str, operation: str) -> Callable[..., Any]:
+def load(backend: str, operation: str, isa: str | None = None) -> Callable[..., Any]:
     """The function that runs an operation on a compiled backend, called as the reference is.
 
     backend    "cpu" or "cuda"
     operation  one of dispatch.OPERATIONS
+    isa        one of ISAS, for the CPU; None: the best that this machine has
     Raises BackendUnavailable with the reason.
     """
     if backend == "cuda":
         raise BackendUnavailable("no CUDA library was built")
-    function: Callable[..., Any] | None = getattr(_open_cpu(CPU_LIBRARY), operation, None)
+    if isa is None:
+        isa = available_isas(FOLDER)[-1]
+    elif isa not in available_isas(FOLDER):
+        raise BackendUnavailable(_why_no_isa(isa))
+    function: Callable[..., Any] | None = getattr(_open_cpu(FOLDER, isa), operation, None)
     if function is None:
         raise BackendUnavailable(f"the compiled library has no {operation}")
     return function
 
 
 @functools.cache
-def _open_cpu(path: Path) -> CpuOperations:
-    return CpuOperations(open_library(path))
+def available_isas(folder: Path) -> tuple[str, ...]:
+    """The members of ISAS that were built into a folder and that this processor can run.
+
+    Raises BackendUnavailable where nothing was built.
+    """
+    best = open_library(library_path(folder, ISAS[0])).best_isa()
+    return tuple(isa for isa in ISAS[: best + 1] if library_path(folder, isa).exists())
+
+
+def library_path(folder: Path, isa: str) -> Path:
+    """Where setup.py puts the library for an instruction set."""
+    return folder / f"libqlora_cpu_{isa}.so"
+
+
+def _why_no_isa(isa: str) -> str:
+    available = ", ".join(available_isas(FOLDER))
+    if not library_path(FOLDER, isa).exists():
+        return f"the compiler built no library for {isa}; there is: {available}"
+    return f"this processor does not have {isa}; it runs: {available}"
+
+
+@functools.cache
+def _open_cpu(folder: Path, isa: str) -> CpuOperations:
+    return CpuOperations(open_library(library_path(folder, isa)))
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -2,7 +2,8 @@
 
 A test module of an operation names it in `OPERATION`; a test that takes the fixture `backend` is
 then collected once for each backend that can run it here, `reference` always among them; where it
-runs on a GPU the test is marked `gpu`. What is missing is said once, below the run, not in a skip
+runs on a GPU the test is marked `gpu`. The C++ backend counts once for each instruction set that it
+was compiled for and this machine has: `cpu-avx2` and so on. What is missing is said once, below the run, not in a skip
 per test.
 """
 
@@ -14,8 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from qlora_ref import dispatch
-from qlora_ref.dispatch import explain, force_backend
+from qlora_ref import dispatch, native
+from qlora_ref.dispatch import explain, force_backend, force_isa
 
 # The same examples in each run: a failure that chance found once must not be able to hide again.
 # The fixture `backend` only sets a name, so that sharing it between examples is sound.
@@ -42,9 +43,13 @@ def obstacle(backend: str, operation: str) -> str | None:
 
 
 def available_backends(operation: str) -> list[str]:
-    return ["reference"] + [
-        name for name in ("cpu", "triton", "cuda") if obstacle(name, operation) is None
-    ]
+    """`reference`, then every other backend that can run; `cpu-<isa>` for each instruction set."""
+    names = ["reference"]
+    for backend in ("cpu", "triton", "cuda"):
+        if obstacle(backend, operation) is None:
+            isas = native.available_isas(native.FOLDER) if backend == "cpu" else ()
+            names += [f"cpu-{isa}" for isa in isas] or [backend]
+    return names
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,8 +74,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend, forced while the test runs."""
-    with force_backend(request.param):
-        yield request.param
+    name, _, isa = request.param.partition("-")
+    with force_backend(name), force_isa(isa or None):
+        yield name
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_a_forced_backend_that_cannot_run_raises(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_forced_backend_never_falls_back(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(backend: str, operation: str) -> None:
+    def refuse(backend: str, operation: str, isa: str | None) -> None:
         raise AssertionError(f"{backend} was loaded")
 
     with force_backend("cuda"):

@@ -1,0 +1,69 @@
+// simd.h for AVX2 with FMA and F16C.
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace qlora {
+
+constexpr int kLanes = 8;
+using Floats = __m256;
+using Ints = __m256i;
+
+inline Floats broadcast(float x) { return _mm256_set1_ps(x); }
+inline Ints broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+
+inline Ints bits_of(Floats x) { return _mm256_castps_si256(x); }
+inline Floats float_of(Ints bits) { return _mm256_castsi256_ps(bits); }
+
+// a * b + c with one rounding.
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline float sum(Floats x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
+inline void store(float* y, Floats x) { _mm256_storeu_ps(y, x); }
+
+inline Floats load(const Bfloat16* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return float_of(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// The lower halves of the lanes, in order.
+inline __m128i narrow(Ints x) {
+  const Ints packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0b1000);
+  return _mm256_castsi256_si128(packed);
+}
+
+// The rounding of from_float<Bfloat16>.
+inline __m128i round_to_bfloat16(Floats x) {
+  const Ints bits = bits_of(x);
+  const Ints is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), broadcast(1));
+  const Ints rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, broadcast(0x7fff)));
+  const Floats is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const Ints quiet = _mm256_or_si256(bits, broadcast(static_cast<int32_t>(kQuietBit)));
+  const Floats chosen = _mm256_blendv_ps(float_of(rounded), float_of(quiet), is_nan);
+  return narrow(_mm256_srli_epi32(bits_of(chosen), 16));
+}
+
+inline void store(Bfloat16* y, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), round_to_bfloat16(x));
+}
+
+inline Floats load(const Float16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+
+inline __m128i round_to_float16(Floats x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline void store(Float16* y, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), round_to_float16(x));
+}
+
+}  // namespace qlora

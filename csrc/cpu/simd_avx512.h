@@ -1,0 +1,59 @@
+// simd.h for AVX-512 (F, BW, DQ, VL).
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace qlora {
+
+constexpr int kLanes = 16;
+using Floats = __m512;
+using Ints = __m512i;
+
+inline Floats broadcast(float x) { return _mm512_set1_ps(x); }
+inline Ints broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+
+inline Ints bits_of(Floats x) { return _mm512_castps_si512(x); }
+inline Floats float_of(Ints bits) { return _mm512_castsi512_ps(bits); }
+
+// a * b + c with one rounding.
+inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+
+inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
+inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
+
+inline Floats load(const Bfloat16* x) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return float_of(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The rounding of from_float<Bfloat16>: the processor's own conversion flushes subnormals.
+inline __m256i round_to_bfloat16(Floats x) {
+  const Ints bits = bits_of(x);
+  const Ints is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), broadcast(1));
+  const Ints rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, broadcast(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const Ints quiet = broadcast(static_cast<int32_t>(kQuietBit));
+  const Ints chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+
+inline void store(Bfloat16* y, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), round_to_bfloat16(x));
+}
+
+inline Floats load(const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+inline __m256i round_to_float16(Floats x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline void store(Float16* y, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), round_to_float16(x));
+}
+
+}  // namespace qlora
