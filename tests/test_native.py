@@ -40,16 +40,27 @@ def build() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def fresh_library(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library compiled from the sources as they are now."""
-    path = tmp_path_factory.mktemp("library") / "libqlora_cpu.so"
-    build.compile_library(build.cpu_sources(), path)
-    return path
+def fresh_folder(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The libraries compiled from the sources as they are now."""
+    folder = tmp_path_factory.mktemp("libraries")
+    for isa, flags in build.isa_flags(build.find_compiler()).items():
+        build.compile_library(build.cpu_sources(), native.library_path(folder, isa), flags)
+    return folder
 
 
-@pytest.fixture
-def cpu(fresh_library: Path) -> native.CpuOperations:
-    return native.CpuOperations(native.open_library(fresh_library))
+@pytest.fixture(scope="module")
+def fresh_library(fresh_folder: Path) -> Path:
+    return native.library_path(fresh_folder, "baseline")
+
+
+@pytest.fixture(params=native.ISAS)
+def cpu(request: pytest.FixtureRequest, fresh_folder: Path) -> native.CpuOperations:
+    """The operations in each library that this machine can run."""
+    if request.param not in native.available_isas(fresh_folder):
+        pytest.skip(f"this machine cannot run {request.param}")
+    return native.CpuOperations(
+        native.open_library(native.library_path(fresh_folder, request.param))
+    )
 
 
 def run_python(script: str, *arguments: str, **environment: str) -> str:
