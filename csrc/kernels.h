@@ -14,7 +14,7 @@ namespace qlora {
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // What each function returns.
-enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2 };
+enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2, kNoMemory = 3 };
 
 // What the sources in cpu/ are compiled for; each set includes those before it.
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
@@ -50,6 +50,15 @@ int quantize_8bit(const void* x, int dtype, int64_t n, const float* codebook, in
 // codes (n); absmax (blocks); codebook (256); y: dtype (n).
 int dequantize_8bit(const uint8_t* codes, const float* absmax, const float* codebook,
                     int64_t block_size, int64_t n, void* y, int dtype, int threads);
+
+// y = x W^T + bias for the weight W (rows, columns), or y = x W when transposed (bias null); sums in
+// float, one rounding to dtype. Scales: absmax float (blocks), the next three null; or their
+// codes uint8_t (blocks), restored as nested_codebook[absmax[b]] * nested_absmax[b / 256] + *offset.
+// x: dtype (tokens, columns), y: dtype (tokens, rows), or the other way round when transposed.
+int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed, const void* absmax,
+                const float* nested_absmax, const float* nested_codebook, const float* offset,
+                const float* codebook, int64_t block_size, int64_t rows, int64_t columns,
+                const void* bias, int transposed, void* y, int threads);
 
 // One step of AdamW on one parameter (n), in place. Moments: float (n), the last four pointers of
 // state null; or uint8_t codes (n) with scales (ceil(n / 256)) and codebooks (256). step >= 1.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
@@ -19,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
 
 FOLDER = Path(__file__).parent  # where setup.py puts libqlora_cpu_<isa>.so, one for each of ISAS
 
@@ -40,6 +39,12 @@ SIGNATURES: dict[str, Sequence[type]] = {
     "dequantize_4bit": _DEQUANTIZE,
     "quantize_8bit": _QUANTIZE,
     "dequantize_8bit": _DEQUANTIZE,
+    "matmul_4bit": (
+        *(c_void_p, c_int, c_int64),  # x, tokens
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # packed, scales
+        *(c_void_p, c_int64, c_int64, c_int64),  # codebook, block_size, shape
+        *(c_void_p, c_int, c_void_p, c_int),  # bias, transposed, y
+    ),
     "adamw_step": (
         *(c_void_p, c_int, c_void_p, c_int),  # param, grad
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # moments, scales, codebooks
@@ -193,13 +198,13 @@ class CpuOperations:
         nested_codebook: Tensor | None,
         offset: Tensor | None,
     ) -> Tensor:
-        """Restores the weight in C++, then multiplies by it in torch."""
-        if nested_absmax is not None and nested_codebook is not None and offset is not None:
-            decoded = (absmax, nested_absmax, nested_codebook, DYNAMIC_BLOCK_SIZE, torch.float32)
-            absmax = self.dequantize_8bit(*decoded) + offset
-        weight = self.dequantize_4bit(packed, absmax, codebook, block_size, shape, x.dtype)
-        with torch.autocast("cpu", enabled=False):  # the dtype of x decides
-            return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+        rows, columns = shape
+        y = torch.empty((*x.shape[:-1], columns if transposed else rows), dtype=x.dtype)
+        tokens = math.prod(x.shape[:-1])
+        scales = (absmax, nested_absmax, nested_codebook, offset)
+        weight = (packed, *scales, codebook, block_size, rows, columns)
+        self._call("matmul_4bit", x, DTYPES[x.dtype], tokens, *weight, bias, int(transposed), y)
+        return y
 
     def adamw_step(
         self,
@@ -237,6 +242,8 @@ def raise_error(name: str, status: int) -> None:
         raise TypeError(f"{name} in the compiled library does not know this dtype")
     if status == 2:
         raise ValueError(f"{name} in the compiled library refuses this size, block_size or step")
+    if status == 3:
+        raise MemoryError(f"{name} in the compiled library found no memory for its working space")
     raise RuntimeError(f"{name} in the compiled library failed with the unknown code {status}")
 
 

@@ -34,9 +34,10 @@ OPERATION = "matmul_4bit"
 FUSED_SUM = 16 * 2.0**-24
 
 # (shape of x without K, N, K, block size): one block, K that no block divides, blocks over several
-# rows, several blocks a row, odd counts, single rows and columns, nothing.
+# rows, several blocks a row, odd counts, single columns, nothing (of one
+# number torch may be right by luck, so that no size has one).
 SIZES = (
-    ((1,), 1, 64, 64),
+    ((1,), 16, 64, 64),
     ((5,), 7, 30, 32),
     ((3,), 16, 100, 64),
     ((17,), 33, 65, 64),
@@ -61,7 +62,9 @@ def assert_is_accurate(x: Tensor, weight: Weight, bias, transposed: bool, device
     )
     by_torch = linear(x, dense.t() if transposed else dense, bias)
     assert product.device.type == device
-    assert_error_at_most_twice_torch(product, by_torch, define_matmul(x, dense, bias, transposed))
+    # The rounding of the weight to a narrow dtype is an error too: some kernels do without it.
+    exact = define_matmul(x, weight.dense(), bias, transposed)
+    assert_error_at_most_twice_torch(product, by_torch, exact)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -19,6 +19,11 @@ inline Floats float_of(Ints bits) { return _mm256_castsi256_ps(bits); }
 // a * b + c with one rounding.
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+inline Ints shift_right(Ints x, int bits) { return _mm256_srli_epi32(x, bits); }
+
+// Lane i is x[lanes[i]].
+inline Floats pick_lanes(Floats x, Ints lanes) { return _mm256_permutevar8x32_ps(x, lanes); }
+
 inline float sum(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -19,6 +19,11 @@ inline Floats float_of(Ints bits) { return _mm512_castsi512_ps(bits); }
 // a * b + c with one rounding.
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
+inline Ints shift_right(Ints x, int bits) { return _mm512_srli_epi32(x, bits); }
+
+// Lane i is x[lanes[i]].
+inline Floats pick_lanes(Floats x, Ints lanes) { return _mm512_permutexvar_ps(lanes, x); }
+
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }

@@ -18,6 +18,16 @@ inline Floats float_of(Ints bits) { return reinterpret_cast<Floats>(bits); }
 // a * b + c; with one rounding only where the processor has an instruction for it.
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
+inline Ints shift_right(Ints x, int bits) {
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  return reinterpret_cast<Ints>(reinterpret_cast<Words>(x) >> bits);
+}
+
+// Lane i is x[lanes[i]].
+inline Floats pick_lanes(Floats x, Ints lanes) {
+  return Floats{x[lanes[0]], x[lanes[1]], x[lanes[2]], x[lanes[3]]};
+}
+
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 template <typename Value>

@@ -1,0 +1,222 @@
+// Products with few tokens, where reading the weight is most of the work: codes become levels in
+// registers, are multiplied there, and each block's sum is scaled once.
+//
+// A stretch of 8 kLanes codes is read at a time: 8 to a 32-bit lane, all of one block. Shifts bring
+// each code of a lane (or of half a lane) to its lowest bits in turn, the even one of two codes in
+// a byte after the odd one. The activations are put into the same order beforehand.
+
+#pragma once
+
+#include "format_bfloat16.h"
+#include "format_float.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace qlora {
+
+constexpr int kCodesPerLane = 8;
+constexpr int kStretch = kCodesPerLane * kLanes;
+
+// Tokens that are worked on at a time: two registers each.
+constexpr int kFew = kLanes == 16 ? 8 : 4;
+
+// In float: one code of each lane at a time.
+struct FloatSteps {
+  using Element = float;
+  static constexpr int kSteps = 8;
+
+  Levels levels;
+
+  explicit FloatSteps(const float* codebook) : levels(scaled_levels(codebook, 1.0f)) {}
+  Floats look_up(Ints codes, int step) const { return levels[shift_right(codes, 4 * step)]; }
+  static Floats multiply_add(Floats weights, const float* x, Floats sum) {
+    return fused_multiply_add(weights, load(x), sum);
+  }
+  template <typename Value>
+  static float element(Value x) {
+    return to_float(x);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// In bfloat16: one code of each half lane at a time; the halves are multiplied and added together.
+struct PairSteps {
+  using Element = uint16_t;
+  static constexpr int kSteps = 4;
+
+  Ints levels;
+
+  explicit PairSteps(const float* codebook)
+      : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
+  __m512bh look_up(Ints codes, int step) const {
+    const Ints words = _mm512_srli_epi16(codes, 4 * step);
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
+  }
+  static Floats multiply_add(__m512bh weights, const uint16_t* x, Floats sum) {
+    return _mm512_dpbf16_ps(sum, weights, PairArithmetic::load_lanes(x));
+  }
+  static uint16_t element(Bfloat16 x) { return x.bits; }
+};
+#endif
+
+template <typename Steps, typename Value>
+class FewTokens {
+  using Element = typename Steps::Element;
+
+  static constexpr int kStrip = 16;  // rows that a thread works on at a time
+
+  // What is read again for each row stays in the L1 cache.
+  static constexpr int64_t kActivationBytes = 24 * 1024;
+
+ public:
+  // Where every lane of every stretch lies in one block.
+  static bool fits(const Weight& weight) {
+    const int64_t block = weight.block_size;
+    return block >= kCodesPerLane && (block & (block - 1)) == 0 && weight.columns % block == 0;
+  }
+
+  FewTokens(const Product<Value>& product, int threads)
+      : product_(product), threads_(threads), steps_(product.weight.codebook) {
+    stretches_ = (product.depth + kStretch - 1) / kStretch;
+    blocks_ = product.depth / product.weight.block_size;
+    int32_t lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = static_cast<int32_t>(lane * kCodesPerLane / product.weight.block_size);
+    }
+    std::memcpy(&block_of_lane_, lanes, sizeof lanes);
+  }
+
+  Status run() {
+    static thread_local Scratch memory;
+    const int64_t elements = stretches_ * kStretch * kFew;
+    const int64_t shared = round_up(elements * static_cast<int64_t>(sizeof(Element)), kCacheLine);
+    const int64_t own = round_up(kStrip * scale_stride() * 4, kCacheLine);
+    char* start = memory.reserve(shared + threads_ * own);
+    if (start == nullptr) return kNoMemory;
+    auto* activations = reinterpret_cast<Element*>(start);
+    for (int64_t token = 0; token < product_.tokens; token += kFew) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kFew, product_.tokens - token));
+      order_activations(token, tokens, activations);
+#pragma omp parallel for schedule(static) num_threads(threads_)
+      for (int64_t row = 0; row < product_.outputs; row += kStrip) {
+        auto* scales = reinterpret_cast<float*>(start + shared + thread_number() * own);
+        multiply_strip(row, token, tokens, activations, scales, std::make_index_sequence<kFew>());
+      }
+    }
+    return kOk;
+  }
+
+ private:
+  // A vector of scales may be read from any of them on.
+  int64_t scale_stride() const { return blocks_ + kLanes; }
+
+  // Stretch after stretch, token after token; behind the end of a row there are zeros.
+  void order_activations(int64_t token, int tokens, Element* out) const {
+    constexpr int kWidth = kStretch / Steps::kSteps;
+    for (int64_t stretch = 0; stretch < stretches_; ++stretch) {
+      const int64_t begin = stretch * kStretch;
+      const int count = static_cast<int>(std::min<int64_t>(kStretch, product_.depth - begin));
+      for (int t = 0; t < tokens; ++t, out += kStretch) {
+        const Value* x = product_.x + (token + t) * product_.depth + begin;
+        if (count < kStretch) std::fill(out, out + kStretch, Element{0});
+        for (int i = 0; i < count; ++i) {
+          out[(i % Steps::kSteps ^ 1) * kWidth + i / Steps::kSteps] = Steps::element(x[i]);
+        }
+      }
+    }
+  }
+
+  // Chooses the loop for the number of tokens.
+  template <size_t... kLess>
+  void multiply_strip(int64_t row, int64_t token, int tokens, const Element* activations,
+                      float* scales, std::index_sequence<kLess...>) const {
+    ((tokens == kLess + 1 ? multiply_strip<kLess + 1>(row, token, activations, scales) : void()),
+     ...);
+  }
+
+  template <int kTokens>
+  void multiply_strip(int64_t first, int64_t token, const Element* activations,
+                      float* scales) const {
+    const int64_t rows = std::min<int64_t>(kStrip, product_.outputs - first);
+    restore_scales(first, rows, scales);
+    Floats totals[kStrip][kTokens];
+    std::fill(totals[0], totals[0] + kStrip * kTokens, broadcast(0.0f));
+    constexpr int64_t kStretchBytes = kTokens * kStretch * sizeof(Element);
+    constexpr int64_t kChunk = std::max<int64_t>(kActivationBytes / kStretchBytes, 1);
+    for (int64_t begin = 0; begin < stretches_; begin += kChunk) {
+      const int64_t end = std::min(begin + kChunk, stretches_);
+      for (int64_t row = 0; row < rows; ++row) {
+        prefetch_row(product_.weight, first + row + kRowsAhead, begin * kStretch,
+                     (end - begin) * kStretch);
+        add_stretches<kTokens>(first + row, begin, end, activations, scales + row * scale_stride(),
+                               totals[row]);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int t = 0; t < kTokens; ++t) write(first + row, token + t, sum(totals[row][t]));
+    }
+  }
+
+  static constexpr int kRowsAhead = 2;
+
+  void restore_scales(int64_t first, int64_t rows, float* scales) const {
+    for (int64_t row = first; row < first + rows; ++row, scales += scale_stride()) {
+      for (int64_t i = 0; i < blocks_; ++i) scales[i] = product_.weight.scales[row * blocks_ + i];
+      std::fill(scales + blocks_, scales + scale_stride(), 0.0f);
+    }
+  }
+
+  template <int kTokens>
+  void add_stretches(int64_t row, int64_t begin, int64_t end, const Element* activations,
+                     const float* scales, Floats* totals) const {
+    const uint8_t* packed = product_.weight.packed + row * product_.depth / 2;
+    const int64_t whole = std::min(end, product_.depth / kStretch);
+    Floats local[kTokens];
+    std::copy(totals, totals + kTokens, local);
+    for (int64_t stretch = begin; stretch < whole; ++stretch) {
+      add_stretch<kTokens>(packed + stretch * (kStretch / 2), stretch, activations, scales, local);
+    }
+    if (whole < end) {  // the row ends within a stretch
+      uint8_t last[kStretch / 2] = {};
+      std::memcpy(last, packed + whole * (kStretch / 2), (product_.depth - whole * kStretch) / 2);
+      add_stretch<kTokens>(last, whole, activations, scales, local);
+    }
+    std::copy(local, local + kTokens, totals);
+  }
+
+  template <int kTokens>
+  void add_stretch(const uint8_t* packed, int64_t stretch, const Element* activations,
+                   const float* scales, Floats* totals) const {
+    Ints codes;
+    std::memcpy(&codes, packed, sizeof codes);
+    const Element* x = activations + stretch * kTokens * kStretch;
+    Floats sums[kTokens];
+    for (Floats& sum : sums) sum = broadcast(0.0f);
+#pragma GCC unroll 8
+    for (int step = 0; step < Steps::kSteps; ++step) {
+      const auto weights = steps_.look_up(codes, step);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const int place = t * kStretch + step * (kStretch / Steps::kSteps);
+        sums[t] = Steps::multiply_add(weights, x + place, sums[t]);
+      }
+    }
+    const int64_t block = stretch * kStretch / product_.weight.block_size;
+    const Floats scale = pick_lanes(load(scales + block), block_of_lane_);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) totals[t] = fused_multiply_add(sums[t], scale, totals[t]);
+  }
+
+  void write(int64_t row, int64_t token, float sum) const {
+    if (product_.bias != nullptr) sum += to_float(product_.bias[row]);
+    product_.y[token * product_.outputs + row] = from_float<Value>(sum);
+  }
+
+  Product<Value> product_;
+  int threads_;
+  Steps steps_;
+  Ints block_of_lane_;
+  int64_t stretches_, blocks_;
+};
+
+}  // namespace qlora
