@@ -76,23 +76,28 @@ class Linear4bit(Module4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
-        device = x.device.type
-        can_autocast = torch.amp.is_autocast_available(device)  # not on meta
-        autocast = can_autocast and torch.is_autocast_enabled(device) and self.compute_dtype is None
-        dtype = torch.get_autocast_dtype(device) if autocast else self.compute_dtype or x.dtype
+        dtype = self.compute_dtype or x.dtype
+        autocast = self.compute_dtype is None and _autocasts(x)
+        if autocast:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        # Through the dictionaries: attributes of a module that are tensors are looked up slowly.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        bias = parameters["bias"]
         y = ops.matmul_4bit(
-            x.to(dtype),
-            self.weight,
-            self.weight_scales,
-            self.weight_codebook,
+            _in_dtype(x, dtype),
+            parameters["weight"],
+            buffers["weight_scales"],
+            buffers["weight_codebook"],
             self.block_size,
             self.weight_shape,
-            bias=None if self.bias is None else self.bias.to(dtype),
-            nested_absmax=self.weight_nested_absmax,
-            nested_codebook=self.weight_nested_codebook,
-            offset=self.weight_offset,
+            None if bias is None else _in_dtype(bias, dtype),
+            False,
+            buffers["weight_nested_absmax"],
+            buffers["weight_nested_codebook"],
+            buffers["weight_offset"],
         )
-        return y if autocast else y.to(x.dtype)
+        return y if autocast else _in_dtype(y, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_describe(self)}"
@@ -175,6 +180,15 @@ class Embedding4bit(Module4bit, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_describe(self)}"
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # there is none on meta
 
 
 def dense_parameters(linear: nn.Module) -> tuple[Tensor, nn.Parameter | None]:

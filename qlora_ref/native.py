@@ -230,7 +230,7 @@ class CpuOperations:
 
     def _call(self, name: str, *arguments: Any) -> None:
         """Call a C function: tensors by address, the number of threads last."""
-        values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+        values = [value if type(value) in _PLAIN else _address(value) for value in arguments]
         status = getattr(self._library, name)(*values, _threads())
         if status:
             raise_error(name, status)
@@ -247,9 +247,12 @@ def raise_error(name: str, status: int) -> None:
     raise RuntimeError(f"{name} in the compiled library failed with the unknown code {status}")
 
 
+_PLAIN = frozenset((int, float, type(None)))  # what ctypes takes as it is
+
+
 def _address(tensor: Tensor) -> int:
     # What C would follow blindly: an address on another device, elements that are not in a row.
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"expected a contiguous tensor on the CPU, got one on {tensor.device} with strides "
             f"{tensor.stride()}"

@@ -179,6 +179,9 @@ torch.library.register_autograd(
 )
 
 
+_run_matmul = _run("matmul_4bit")
+
+
 class _Matmul4bit(torch.autograd.Function):
     # torch.func refuses operators with a registered gradient and wants a Function; torch.compile
     # wants the operator. Both share one rule.
@@ -187,6 +190,8 @@ class _Matmul4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
+        if _is_plain(arguments[0]):
+            return _run_matmul(*arguments)
         return torch.ops.qlora_ref.matmul_4bit.default(*arguments)
 
     @staticmethod
@@ -201,5 +206,24 @@ def matmul_4bit(*arguments: Any) -> Tensor:
     """The differentiable operator; see ops.matmul_4bit."""
     if torch.compiler.is_compiling():
         return torch.ops.qlora_ref.matmul_4bit.default(*arguments)
+    x, bias = arguments[0], arguments[6]
+    needs_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not needs_gradient and _is_plain(x):
+        return _run_matmul(*arguments)
     product: Tensor = _Matmul4bit.apply(*arguments)
     return product
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody looks on who must see an operator: no subclass, meta tensor, mode, transform.
+
+    The way through PyTorch's dispatcher to Python and back takes longer than a small product.
+    """
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
