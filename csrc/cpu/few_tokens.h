@@ -17,7 +17,7 @@ namespace qlora {
 constexpr int kCodesPerLane = 8;
 constexpr int kStretch = kCodesPerLane * kLanes;
 
-// Tokens that are worked on at a time: two registers each.
+// Tokens that are worked on at a time: a register each for two rows.
 constexpr int kFew = kLanes == 16 ? 8 : 4;
 
 // In float: one code of each lane at a time.
@@ -29,8 +29,9 @@ struct FloatSteps {
 
   explicit FloatSteps(const float* codebook) : levels(scaled_levels(codebook, 1.0f)) {}
   Floats look_up(Ints codes, int step) const { return levels[shift_right(codes, 4 * step)]; }
-  static Floats multiply_add(Floats weights, const float* x, Floats sum) {
-    return fused_multiply_add(weights, load(x), sum);
+  static Floats load_lanes(const float* x) { return load(x); }
+  static Floats multiply_add(Floats weights, Floats x, Floats sum) {
+    return fused_multiply_add(weights, x, sum);
   }
   template <typename Value>
   static float element(Value x) {
@@ -52,8 +53,9 @@ struct PairSteps {
     const Ints words = _mm512_srli_epi16(codes, 4 * step);
     return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
   }
-  static Floats multiply_add(__m512bh weights, const uint16_t* x, Floats sum) {
-    return _mm512_dpbf16_ps(sum, weights, PairArithmetic::load_lanes(x));
+  static __m512bh load_lanes(const uint16_t* x) { return PairArithmetic::load_lanes(x); }
+  static Floats multiply_add(__m512bh weights, __m512bh x, Floats sum) {
+    return _mm512_dpbf16_ps(sum, weights, x);
   }
   static uint16_t element(Bfloat16 x) { return x.bits; }
 };
@@ -79,6 +81,7 @@ class FewTokens {
       : product_(product), threads_(threads), steps_(product.weight.codebook) {
     stretches_ = (product.depth + kStretch - 1) / kStretch;
     blocks_ = product.depth / product.weight.block_size;
+    block_bits_ = __builtin_ctzll(static_cast<uint64_t>(product.weight.block_size));
     int32_t lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = static_cast<int32_t>(lane * kCodesPerLane / product.weight.block_size);
@@ -145,11 +148,14 @@ class FewTokens {
     constexpr int64_t kChunk = std::max<int64_t>(kActivationBytes / kStretchBytes, 1);
     for (int64_t begin = 0; begin < stretches_; begin += kChunk) {
       const int64_t end = std::min(begin + kChunk, stretches_);
-      for (int64_t row = 0; row < rows; ++row) {
-        prefetch_row(product_.weight, first + row + kRowsAhead, begin * kStretch,
-                     (end - begin) * kStretch);
-        add_stretches<kTokens>(first + row, begin, end, activations, scales + row * scale_stride(),
-                               totals[row]);
+      int64_t row = 0;
+      for (; row + 2 <= rows; row += 2) {
+        add_stretches<2, kTokens>(first + row, begin, end, activations,
+                                  scales + row * scale_stride(), totals[row]);
+      }
+      if (row < rows) {
+        add_stretches<1, kTokens>(first + row, begin, end, activations,
+                                  scales + row * scale_stride(), totals[row]);
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -157,7 +163,7 @@ class FewTokens {
     }
   }
 
-  static constexpr int kRowsAhead = 2;
+  static constexpr int kRowsAhead = 4;
 
   void restore_scales(int64_t first, int64_t rows, float* scales) const {
     for (int64_t row = first; row < first + rows; ++row, scales += scale_stride()) {
@@ -166,45 +172,69 @@ class FewTokens {
     }
   }
 
-  template <int kTokens>
-  void add_stretches(int64_t row, int64_t begin, int64_t end, const Element* activations,
+  // totals (kRows, kTokens) += rows * tokens, over some stretches. Each activation that is loaded
+  // serves all rows.
+  template <int kRows, int kTokens>
+  void add_stretches(int64_t first, int64_t begin, int64_t end, const Element* activations,
                      const float* scales, Floats* totals) const {
-    const uint8_t* packed = product_.weight.packed + row * product_.depth / 2;
-    const int64_t whole = std::min(end, product_.depth / kStretch);
-    Floats local[kTokens];
-    std::copy(totals, totals + kTokens, local);
+    constexpr int kBytes = kStretch / 2;
+    const int64_t row_bytes = product_.depth / 2, whole = std::min(end, product_.depth / kStretch);
+    const uint8_t* packed = product_.weight.packed + first * row_bytes;
+    for (int row = 0; row < kRows; ++row) {
+      prefetch_row(product_.weight, first + row + kRowsAhead, begin * kStretch,
+                   (end - begin) * kStretch);
+    }
     for (int64_t stretch = begin; stretch < whole; ++stretch) {
-      add_stretch<kTokens>(packed + stretch * (kStretch / 2), stretch, activations, scales, local);
+      add_stretch<kRows, kTokens>(packed + stretch * kBytes, row_bytes, stretch, activations,
+                                  scales, totals);
     }
-    if (whole < end) {  // the row ends within a stretch
-      uint8_t last[kStretch / 2] = {};
-      std::memcpy(last, packed + whole * (kStretch / 2), (product_.depth - whole * kStretch) / 2);
-      add_stretch<kTokens>(last, whole, activations, scales, local);
+    if (whole < end) {  // the rows end within a stretch
+      uint8_t last[kRows][kBytes] = {};
+      for (int row = 0; row < kRows; ++row) {
+        const uint8_t* rest = packed + row * row_bytes + whole * kBytes;
+        std::memcpy(last[row], rest, row_bytes - whole * kBytes);
+      }
+      add_stretch<kRows, kTokens>(last[0], kBytes, whole, activations, scales, totals);
     }
-    std::copy(local, local + kTokens, totals);
   }
 
-  template <int kTokens>
-  void add_stretch(const uint8_t* packed, int64_t stretch, const Element* activations,
-                   const float* scales, Floats* totals) const {
-    Ints codes;
-    std::memcpy(&codes, packed, sizeof codes);
-    const Element* x = activations + stretch * kTokens * kStretch;
-    Floats sums[kTokens];
-    for (Floats& sum : sums) sum = broadcast(0.0f);
+  template <int kRows, int kTokens>
+  void add_stretch(const uint8_t* packed, int64_t row_bytes, int64_t stretch,
+                   const Element* activations, const float* scales, Floats* totals) const {
+    Ints codes[kRows];
+    Floats sums[kRows][kTokens];
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      std::memcpy(&codes[row], packed + row * row_bytes, sizeof(Ints));
+      codes[row] = in_register(codes[row]);
 #pragma GCC unroll 8
-    for (int step = 0; step < Steps::kSteps; ++step) {
-      const auto weights = steps_.look_up(codes, step);
+      for (int t = 0; t < kTokens; ++t) sums[row][t] = broadcast(0.0f);
+    }
+    const Element* x = activations + stretch * kTokens * kStretch;
+#pragma GCC unroll 8
+    for (int step = 0; step < Steps::kSteps; ++step, x += kStretch / Steps::kSteps) {
+      decltype(steps_.look_up(codes[0], 0)) weights[kRows];
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) weights[row] = steps_.look_up(codes[row], step);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
-        const int place = t * kStretch + step * (kStretch / Steps::kSteps);
-        sums[t] = Steps::multiply_add(weights, x + place, sums[t]);
+        const auto lanes = in_register(Steps::load_lanes(x + t * kStretch));
+#pragma GCC unroll 2
+        for (int row = 0; row < kRows; ++row) {
+          sums[row][t] = Steps::multiply_add(weights[row], lanes, sums[row][t]);
+        }
       }
     }
-    const int64_t block = stretch * kStretch / product_.weight.block_size;
-    const Floats scale = pick_lanes(load(scales + block), block_of_lane_);
+    const int64_t block = stretch * kStretch >> block_bits_;
+#pragma GCC unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      const Floats scale = pick_lanes(load(scales + row * scale_stride() + block), block_of_lane_);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) totals[t] = fused_multiply_add(sums[t], scale, totals[t]);
+      for (int t = 0; t < kTokens; ++t) {
+        Floats& total = totals[row * kTokens + t];
+        total = fused_multiply_add(sums[row][t], scale, total);
+      }
+    }
   }
 
   void write(int64_t row, int64_t token, float sum) const {
@@ -215,6 +245,7 @@ class FewTokens {
   Product<Value> product_;
   int threads_;
   Steps steps_;
+  int block_bits_;  // log2 of the block size
   Ints block_of_lane_;
   int64_t stretches_, blocks_;
 };

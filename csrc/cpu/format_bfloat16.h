@@ -3,14 +3,13 @@
 
 #pragma once
 
+#include "tiles_amx.h"
+
 #if defined(__AVX512BF16__)
 
 #include <type_traits>
 
 #include "format_float.h"
-#if defined(__AMX_BF16__)
-#include "tiles_amx.h"
-#endif
 
 namespace qlora {
 
@@ -93,15 +92,9 @@ struct Bfloat16Format {
   static constexpr int kPlanes = kPlanesOf<Value>;
   static constexpr int kPair = 2;
   static constexpr int kDepth = 256;
-#if defined(__AMX_BF16__)
-  static constexpr int kStep = kTileDepth;
-  static constexpr int kRowStep = kTileSide;
-  static constexpr int kGroup = 2 * kTileSide;
-#else
-  static constexpr int kStep = kPair;
-  static constexpr int kRowStep = 1;
-  static constexpr int kGroup = 4 * kTileRows;
-#endif
+  static constexpr int kStep = kHasTiles ? kTileDepth : kPair;
+  static constexpr int kRowStep = kHasTiles ? kTileSide : 1;
+  static constexpr int kGroup = kHasTiles ? 2 * kTileSide : 4 * kTileRows;
   static constexpr int kRowStride = kDepth + kLineOf<uint16_t>;
   static constexpr int kPanelStride = kDepth * kLanes + kLineOf<uint16_t>;
 
@@ -180,14 +173,16 @@ struct Bfloat16Format {
     }
   }
 
-  static void multiply(const uint16_t* a, int64_t a_plane, const uint16_t* b, int64_t b_plane,
-                       int64_t rows, int64_t panels, int depth, float* c, int64_t c_stride) {
-#if defined(__AMX_BF16__)
-    multiply_on_tiles<kPlanes, Bfloat16Format>(a, a_plane, b, b_plane, rows, panels, depth, c,
-                                               c_stride);
-#else
-    multiply_by_panels<PairArithmetic, Bfloat16Format>(a, b, rows, panels, depth, c, c_stride);
-#endif
+  static void multiply(const uint16_t* a, [[maybe_unused]] int64_t a_plane, const uint16_t* b,
+                       [[maybe_unused]] int64_t b_plane, int64_t rows, int64_t panels, int depth,
+                       float* c, int64_t c_stride) {
+    if constexpr (kHasTiles) {
+      multiply_on_tiles<kPlanes, Bfloat16Format>(a, a_plane, b, b_plane, rows, panels, depth, c,
+                                                 c_stride);
+    } else {
+      static_assert(kPlanes == 1);
+      multiply_by_panels<PairArithmetic, Bfloat16Format>(a, b, rows, panels, depth, c, c_stride);
+    }
   }
 };
 

@@ -28,8 +28,8 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTilePanels = 2;
 
-// Products that are summed up before they are added to the sums so far. Short sums of short sums are
-// more accurate than one long sum; each time costs as much as one or two more products.
+// Products that are summed up before they are added to the sums so far. Short sums of short sums
+// are more accurate than one long sum; each time costs as much as one or two more products.
 #if defined(__FMA__)
 constexpr int kRun = 32;
 #else

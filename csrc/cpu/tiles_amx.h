@@ -3,14 +3,26 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include "simd.h"
 
 namespace qlora {
 
 constexpr int kTileDepth = 32;
 constexpr int kTileSide = 16;
+
+#if !defined(__AMX_BF16__)
+
+constexpr bool kHasTiles = false;
+
+struct TileShapes {};
+
+template <int kPlanes, typename Layout>
+void multiply_on_tiles(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int,
+                       float*, int64_t);
+
+#else
+
+constexpr bool kHasTiles = true;
 
 // Sets the shape of the tiles, and puts back what was there: others in this thread use them too.
 class TileShapes {
@@ -177,5 +189,7 @@ void multiply_on_tiles(const uint16_t* a, int64_t a_plane, const uint16_t* b, in
     }
   }
 }
+
+#endif
 
 }  // namespace qlora
