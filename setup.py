@@ -88,32 +88,39 @@ def openmp_flags(compiler: list[str]) -> list[str]:
     return ["-fopenmp"] if tried.returncode == 0 else []
 
 
-def compile_library(sources: list[Path], library: Path, isa_flags: list[str]) -> None:
-    """Compile C++ sources, several at a time, and link them to one shared library.
+def compile_objects(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
+    """Compile C++ sources, several at a time, to object files in a folder.
 
     Raises CompileError with what the compiler says.
     """
     compiler = find_compiler()
+    flags = [*CPU_FLAGS, *openmp_flags(compiler), *flags]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    commands = [
+        [*compiler, *flags, "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, objects)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(execute, commands))
+    return objects
+
+
+def compile_library(sources: list[Path], library: Path, flags: list[str]) -> None:
+    """Compile C++ sources and link them to one shared library. Raises as compile_objects does."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*CPU_FLAGS, *isa_flags, *openmp_flags(compiler)]
-        objects = [Path(folder, source.stem + ".o") for source in sources]
-        commands = [
-            [*compiler, *flags, "-c", str(source), "-o", str(target)]
-            for source, target in zip(sources, objects)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_execute, commands))
+        objects = compile_objects(sources, Path(folder), flags)
         # Linked aside and moved: a process that has mapped the old library keeps the old file.
         linked = Path(folder, library.name)
         undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
-        _execute([*compiler, "-shared", *undefined, *map(str, objects), "-o", str(linked)])
+        execute([*find_compiler(), "-shared", *undefined, *map(str, objects), "-o", str(linked)])
         beside = library.with_name(library.name + ".new")
         shutil.copy(linked, beside)
         os.replace(beside, library)
 
 
-def _execute(command: list[str]) -> None:
+def execute(command: list[str]) -> None:
+    """Run a compiler or linker. Raises CompileError with what it says."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise CompileError(f"{shlex.join(command)}\n{finished.stderr}")

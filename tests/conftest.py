@@ -3,17 +3,23 @@
 A test module of an operation names it in `OPERATION`; a test that takes the fixture `backend` is
 then collected once for each backend that can run it here, `reference` always among them; where it
 runs on a GPU the test is marked `gpu`. The C++ backend counts once for each instruction set that it
-was compiled for and this machine has: `cpu-avx2` and so on. What is missing is said once, below the run, not in a skip
-per test.
+was compiled for and this machine has: `cpu-avx2` and so on. What is missing is said once, below the
+run, not in a skip per test.
+
+The fixture `cpu` is the operations of one library, fresh from the sources, once for each
+instruction set. `--libraries FOLDER` tests libraries from elsewhere (tests/sanitize.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from native_program import setup_definitions
 
 from qlora_ref import dispatch, native
 from qlora_ref.dispatch import explain, force_backend, force_isa
@@ -52,12 +58,31 @@ def available_backends(operation: str) -> list[str]:
     return names
 
 
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets to test: none where nothing was built."""
+    try:
+        return native.available_isas(native.FOLDER)
+    except native.BackendUnavailable:
+        return ()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--libraries", type=Path, help="load the C++ libraries from this folder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--libraries"):
+        native.FOLDER = folder
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = available_backends(metafunc.module.OPERATION)
         marks = {name: pytest.mark.gpu for name in names if device_of(name) == "cuda"}
         parameters = [pytest.param(name, marks=marks.get(name, ())) for name in names]
         metafunc.parametrize("backend", parameters, indirect=True)
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", available_isas())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -83,3 +108,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def device(backend: str) -> str:
     """The device on which the forced backend works."""
     return device_of(backend)
+
+
+@pytest.fixture(scope="session")
+def build() -> SimpleNamespace:
+    """What setup.py defines; skips where there is no compiler."""
+    definitions = setup_definitions()
+    try:
+        definitions.find_compiler()
+    except definitions.CompileError as error:
+        pytest.skip(str(error))
+    return definitions
+
+
+@pytest.fixture(scope="session")
+def fresh_folder(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The libraries compiled from the sources as they are now."""
+    folder = tmp_path_factory.mktemp("libraries")
+    for isa, flags in build.isa_flags(build.find_compiler()).items():
+        build.compile_library(build.cpu_sources(), native.library_path(folder, isa), flags)
+    return folder
+
+
+@pytest.fixture
+def cpu(isa: str, fresh_folder: Path) -> native.CpuOperations:
+    """The operations in the library for an instruction set."""
+    return native.CpuOperations(native.open_library(native.library_path(fresh_folder, isa)))

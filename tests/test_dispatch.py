@@ -1,4 +1,7 @@
-"""Which backend runs: preference, forcing, the environment, and what is said about the others."""
+"""Which backend runs: preference, forcing, the environment, and what is said about the others.
+
+Which library of the C++ backend: test_isa.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from compare import normal
 
 from qlora_ref import codebooks, dispatch, native, ops
-from qlora_ref.dispatch import OPERATIONS, explain, force_backend
+from qlora_ref.dispatch import OPERATIONS, explain, force_backend, force_isa
 
 NF4 = codebooks.nf4_codebook()
 DYNAMIC = codebooks.dynamic_codebook()
@@ -34,9 +37,9 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in ("QLORA_REF_BACKEND", "TRITON_INTERPRET"):
+    for variable in ("QLORA_REF_BACKEND", "QLORA_REF_ISA", "TRITON_INTERPRET"):
         monkeypatch.delenv(variable, raising=False)
-    with force_backend(None):
+    with force_backend(None), force_isa(None):
         yield
 
 
@@ -126,9 +129,9 @@ def test_the_forced_backend_is_the_one_that_runs(
 ) -> None:
     loaded, load = [], dispatch._load
 
-    def record(backend: str, operation: str):
+    def record(backend: str, operation: str, isa: str | None):
         loaded.append((backend, operation))
-        return load(backend, operation)
+        return load(backend, operation, isa)
 
     monkeypatch.setattr(dispatch, "_load", record)
     with force_backend("reference"):

@@ -119,7 +119,12 @@ def test_no_file_and_no_function_is_too_long(path: Path) -> None:
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda p: p.name)
+def c_files() -> list[Path]:
+    folders = [ROOT / "csrc", ROOT / "tests" / "native"]
+    return sorted(path for folder in folders for path in folder.rglob("*.[ch]*"))
+
+
+@pytest.mark.parametrize("source", c_files(), ids=lambda path: path.name)
 def test_no_c_file_is_too_long(source: Path) -> None:
     assert len(source.read_text().splitlines()) <= MAX_FILE_LINES
 
