@@ -67,6 +67,9 @@ class FewTokens {
 
   static constexpr int kStrip = 16;  // rows that a thread works on at a time
 
+  // Between the row whose codes are asked for and the one whose codes are used.
+  static constexpr int kRowsAhead = 8;
+
   // What is read again for each row stays in the L1 cache.
   static constexpr int64_t kActivationBytes = 24 * 1024;
 
@@ -142,6 +145,7 @@ class FewTokens {
                       float* scales) const {
     const int64_t rows = std::min<int64_t>(kStrip, product_.outputs - first);
     restore_scales(first, rows, scales);
+    product_.weight.scales.prefetch_blocks((first + kStrip) * blocks_, kStrip * blocks_);
     Floats totals[kStrip][kTokens];
     std::fill(totals[0], totals[0] + kStrip * kTokens, broadcast(0.0f));
     constexpr int64_t kStretchBytes = kTokens * kStretch * sizeof(Element);
@@ -163,8 +167,6 @@ class FewTokens {
     }
   }
 
-  static constexpr int kRowsAhead = 4;
-
   void restore_scales(int64_t first, int64_t rows, float* scales) const {
     for (int64_t row = first; row < first + rows; ++row, scales += scale_stride()) {
       for (int64_t i = 0; i < blocks_; ++i) scales[i] = product_.weight.scales[row * blocks_ + i];
@@ -180,13 +182,10 @@ class FewTokens {
     constexpr int kBytes = kStretch / 2;
     const int64_t row_bytes = product_.depth / 2, whole = std::min(end, product_.depth / kStretch);
     const uint8_t* packed = product_.weight.packed + first * row_bytes;
-    for (int row = 0; row < kRows; ++row) {
-      prefetch_row(product_.weight, first + row + kRowsAhead, begin * kStretch,
-                   (end - begin) * kStretch);
-    }
     for (int64_t stretch = begin; stretch < whole; ++stretch) {
-      add_stretch<kRows, kTokens>(packed + stretch * kBytes, row_bytes, stretch, activations,
-                                  scales, totals);
+      const uint8_t* codes = packed + stretch * kBytes;
+      for (int row = 0; row < kRows; ++row) prefetch(codes + (row + kRowsAhead) * row_bytes);
+      add_stretch<kRows, kTokens>(codes, row_bytes, stretch, activations, scales, totals);
     }
     if (whole < end) {  // the rows end within a stretch
       uint8_t last[kRows][kBytes] = {};
