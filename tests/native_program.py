@@ -98,7 +98,7 @@ class ProgramOperations(native.CpuOperations):
         self._arrays = "shared" if shared else "own"
 
     def _call(self, name: str, *arguments: Any) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        tensors = list(_tensors(arguments))
         with tempfile.TemporaryDirectory() as folder:
             call, results = Path(folder, "arguments"), Path(folder, "results")
             call.write_bytes(b"".join(_encode(name, (*arguments, self._threads))))
@@ -116,6 +116,14 @@ class ProgramOperations(native.CpuOperations):
             )
 
 
+def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from argument
+
+
 def _encode(name: str, arguments: Sequence[Any]) -> Iterator[bytes]:
     for kind, value in zip(native.SIGNATURES[name], arguments, strict=True):
         if kind is ctypes.c_double:
@@ -124,8 +132,15 @@ def _encode(name: str, arguments: Sequence[Any]) -> Iterator[bytes]:
             yield struct.pack("<q", value)
         elif value is None:
             yield struct.pack("<q", -1)
+        elif isinstance(value, list):
+            yield struct.pack("<q", len(value))
+            yield from map(_encode_array, value)
         else:
-            yield struct.pack("<q", value.nbytes) + _bytes_of(value).tobytes()
+            yield _encode_array(value)
+
+
+def _encode_array(tensor: Tensor) -> bytes:
+    return struct.pack("<q", tensor.nbytes) + _bytes_of(tensor).tobytes()
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

@@ -3,7 +3,8 @@
 //   call_kernels LIBRARY FUNCTION ARGUMENTS RESULTS CALLERS own|shared
 //
 // ARGUMENTS is a file of the function's arguments in its order: integers as int64_t, numbers as
-// double, an array as its number of bytes (int64_t, -1 for null) and the bytes. RESULTS becomes the
+// double, an array as its number of bytes (int64_t, -1 for null) and the bytes, an array of
+// pointers as their number (int64_t, -1 for null) and that many arrays. RESULTS becomes the
 // returned status (int64_t) and all arrays as they are afterwards. tests/native_program.py writes
 // the one and reads the other. So the kernels run where Python cannot: emulated, counted by
 // valgrind, under the thread sanitizer.
@@ -82,8 +83,11 @@ class Arguments {
 
   template <typename Parameter>
   Parameter take() {
-    if constexpr (std::is_pointer_v<Parameter>) {
-      using Target = std::remove_pointer_t<Parameter>;
+    using Target = std::remove_pointer_t<Parameter>;
+    if constexpr (std::is_pointer_v<Target>) {
+      constexpr bool is_read_only = std::is_const_v<std::remove_pointer_t<Target>>;
+      return static_cast<Parameter>(take_pointers(is_read_only));
+    } else if constexpr (std::is_pointer_v<Parameter>) {
       return static_cast<Parameter>(take_array(std::is_const_v<Target>));
     } else if constexpr (std::is_floating_point_v<Parameter>) {
       return take_number<double>();
@@ -114,6 +118,17 @@ class Arguments {
     return arrays_.back()->data();
   }
 
+  void* take_pointers(bool is_read_only) {
+    const int64_t count = take_number<int64_t>();
+    if (count < 0) return nullptr;
+    std::vector<void*> pointers;
+    for (int64_t i = 0; i < count; ++i) pointers.push_back(take_array(is_read_only));
+    const auto* bytes = reinterpret_cast<const char*>(pointers.data());
+    const auto size = static_cast<int64_t>(count * sizeof(void*));
+    pointers_.push_back(std::make_unique<GuardedArray>(bytes, size, true, is_at_end_));
+    return pointers_.back()->data();
+  }
+
   const char* skip(int64_t size) {
     if (end_ - next_ < size) fail("the file of arguments is too short");
     const char* start = next_;
@@ -123,7 +138,7 @@ class Arguments {
 
   const char *next_, *end_;
   bool is_at_end_;
-  std::vector<std::unique_ptr<GuardedArray>> arrays_;
+  std::vector<std::unique_ptr<GuardedArray>> arrays_, pointers_;
 };
 
 struct Request {
