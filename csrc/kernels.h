@@ -20,7 +20,7 @@ enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2, kNoMemory = 3 };
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // Raised whenever a signature below changes, so that Python refuses a library built before that.
-constexpr int kInterfaceVersion = 2;
+constexpr int kInterfaceVersion = 3;
 
 extern "C" {
 
@@ -60,13 +60,15 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
                 const float* codebook, int64_t block_size, int64_t rows, int64_t columns,
                 const void* bias, int transposed, void* y, int threads);
 
-// One step of AdamW on one parameter (n), in place. Moments: float (n), the last four pointers of
-// state null; or uint8_t codes (n) with scales (ceil(n / 256)) and codebooks (256). step >= 1.
-int adamw_step(void* param, int param_dtype, const void* grad, int grad_dtype, void* first_moment,
-               void* second_moment, float* first_absmax, float* second_absmax,
-               const float* first_codebook, const float* second_codebook, int64_t n, double lr,
-               double beta1, double beta2, double eps, double weight_decay, int64_t step,
-               int threads);
+// One step of AdamW on a list of tensors, in place; each array has an entry for each of them. A
+// tensor has counts[t] values, a moment as many: float, and then the absmaxes and codebooks are
+// null; or uint8_t codes, with scales float (ceil(counts[t] / 256)) and codebooks (256). step >= 1.
+int adamw_step(int64_t number, const int64_t* counts, void* const* params, const int* param_dtypes,
+               const void* const* grads, const int* grad_dtypes, void* const* first_moments,
+               void* const* second_moments, float* const* first_absmaxes,
+               float* const* second_absmaxes, const float* first_codebook,
+               const float* second_codebook, double lr, double beta1, double beta2, double eps,
+               double weight_decay, int64_t step, int threads);
 
 }  // extern "C"
 

@@ -1,134 +1,211 @@
 // One step of AdamW. The order of float operations is that of qlora_ref/reference/adamw_step.py;
 // -ffp-contract=off keeps the compiler from fusing them.
 
-#include "blockwise.h"
+#include "levels_256.h"
 
 namespace qlora {
 namespace {
 
 constexpr int kBlock = 256;  // values that share a scale when the moments are 8-bit
 
-// Worked out in double, rounded once.
-struct Factors {
-  float keep_first, add_first;    // beta1, 1 - beta1
-  float keep_second, add_second;  // beta2, 1 - beta2
-  float root_correction;          // (1 - beta2^step)^(-1/2)
-  float eps;
-  float decay;      // 1 - lr * weight_decay
-  float step_size;  // lr / (1 - beta1^step)
+// The formula, a vector at a time. Its factors are worked out in double and rounded once.
+class Rule {
+ public:
+  Rule(double lr, double beta1, double beta2, double eps, double weight_decay, double step)
+      : keep_first_(factor(beta1)),
+        add_first_(factor(1 - beta1)),
+        keep_second_(factor(beta2)),
+        add_second_(factor(1 - beta2)),
+        root_correction_(factor(std::pow(1 - std::pow(beta2, step), -0.5))),
+        eps_(factor(eps)),
+        decay_(factor(1 - lr * weight_decay)),
+        step_size_(factor(lr / (1 - std::pow(beta1, step)))) {}
+
+  Floats first_moment(Floats m, Floats grad) const { return m * keep_first_ + grad * add_first_; }
+
+  Floats second_moment(Floats v, Floats grad) const {
+    return v * keep_second_ + grad * grad * add_second_;
+  }
+
+  // With the moments after this step.
+  Floats param(Floats param, Floats m, Floats v) const {
+    const Floats denominator = square_root(v) * root_correction_ + eps_;
+    return param * decay_ - m / denominator * step_size_;
+  }
+
+ private:
+  static Floats factor(double x) { return broadcast(static_cast<float>(x)); }
+
+  Floats keep_first_, add_first_, keep_second_, add_second_;
+  Floats root_correction_, eps_, decay_, step_size_;
 };
 
-Factors factors_of(double lr, double beta1, double beta2, double eps, double weight_decay,
-                   int64_t step) {
-  const double exponent = static_cast<double>(step);
-  return {static_cast<float>(beta1),
-          static_cast<float>(1 - beta1),
-          static_cast<float>(beta2),
-          static_cast<float>(1 - beta2),
-          static_cast<float>(std::pow(1 - std::pow(beta2, exponent), -0.5)),
-          static_cast<float>(eps),
-          static_cast<float>(1 - lr * weight_decay),
-          static_cast<float>(lr / (1 - std::pow(beta1, exponent)))};
-}
+// The arguments of adamw_step that differ from tensor to tensor.
+struct Tensors {
+  int64_t number;
+  const int64_t* counts;
+  void* const* params;
+  const int* param_dtypes;
+  const void* const* grads;
+  const int* grad_dtypes;
+  void* const* first_moments;
+  void* const* second_moments;
+  float* const* first_absmaxes;
+  float* const* second_absmaxes;
 
-void update(const Factors& factors, int count, const float* grad, float* __restrict m,
-            float* __restrict v, float* __restrict param) {
-  for (int i = 0; i < count; ++i) {
-    const float g = grad[i];
-    m[i] = m[i] * factors.keep_first + g * factors.add_first;
-    v[i] = v[i] * factors.keep_second + g * g * factors.add_second;
-    const float denominator = std::sqrt(v[i]) * factors.root_correction + factors.eps;
-    param[i] = param[i] * factors.decay - m[i] / denominator * factors.step_size;
+  int64_t blocks(int64_t tensor) const {
+    return counts[tensor] / kBlock + (counts[tensor] % kBlock != 0);
   }
-}
 
-// An array of one of the float formats.
-struct Floats {
-  void* values;
-  int dtype;
-
-  void read(int64_t start, int count, float* block) const {
-    with_dtype(dtype, [&](auto type) {
-      const auto* source = static_cast<const decltype(type)*>(values) + start;
-      for (int i = 0; i < count; ++i) block[i] = to_float(source[i]);
-      return kOk;
+  // Calls function(grad, param) with the typed pointers of a tensor; returns its Status.
+  template <typename Function>
+  int with_dtypes(int64_t tensor, Function function) const {
+    return with_dtype(grad_dtypes[tensor], [&](auto grad_type) {
+      return with_dtype(param_dtypes[tensor], [&](auto param_type) {
+        return function(static_cast<const decltype(grad_type)*>(grads[tensor]),
+                        static_cast<decltype(param_type)*>(params[tensor]));
+      });
     });
-  }
-
-  void write(int64_t start, int count, const float* block) const {
-    with_dtype(dtype, [&](auto type) {
-      auto* target = static_cast<decltype(type)*>(values) + start;
-      for (int i = 0; i < count; ++i) target[i] = from_float<decltype(type)>(block[i]);
-      return kOk;
-    });
-  }
-
-  bool has_known_dtype() const {
-    return with_dtype(dtype, [](auto) { return kOk; }) == kOk;
   }
 };
 
-// Moments of 8 bits: their codes and scales, and the levels that the codes stand for.
+int find_error(const Tensors& tensors) {
+  for (int64_t tensor = 0; tensor < tensors.number; ++tensor) {
+    if (tensors.counts[tensor] < 0) return kBadSize;
+    const int status = tensors.with_dtypes(tensor, [](auto*, auto*) { return kOk; });
+    if (status != kOk) return status;
+  }
+  return kOk;
+}
+
+// Calls function(tensor, first, last) for runs of whole blocks that together are all of them. The
+// blocks of all tensors are shared out evenly: many small tensors keep every thread as busy as a
+// large one.
+template <typename Function>
+void for_each_run(const Tensors& tensors, [[maybe_unused]] int threads, Function function) {
+  int64_t blocks = 0;
+  for (int64_t tensor = 0; tensor < tensors.number; ++tensor) blocks += tensors.blocks(tensor);
+#pragma omp parallel for num_threads(threads) if (blocks * kBlock >= kParallelMinimum)
+  for (int share = 0; share < threads; ++share) {
+    // This share of the blocks, counted from the first block of each tensor in turn.
+    int64_t first = blocks * share / threads, last = blocks * (share + 1) / threads;
+    for (int64_t tensor = 0; tensor < tensors.number && last > 0; ++tensor) {
+      const int64_t here = tensors.blocks(tensor);
+      if (first < here) function(tensor, std::max<int64_t>(first, 0), std::min(last, here));
+      first -= here;
+      last -= here;
+    }
+  }
+}
+
+void step_with_float_moments(const Tensors& tensors, const Rule& rule, int threads) {
+  for_each_run(tensors, threads, [&](int64_t tensor, int64_t first, int64_t last) {
+    const int64_t start = first * kBlock;
+    const int64_t count = std::min(last * kBlock, tensors.counts[tensor]) - start;
+    float* m = static_cast<float*>(tensors.first_moments[tensor]) + start;
+    float* v = static_cast<float*>(tensors.second_moments[tensor]) + start;
+    tensors.with_dtypes(tensor, [&](auto* grads, auto* params) {
+      auto* grad = grads + start;
+      auto* param = params + start;
+      for_each_vector(count, [=](int64_t i, auto part) {
+        read_ahead(grad + i);
+        read_ahead(m + i);
+        read_ahead(v + i);
+        read_ahead(param + i);
+        const Floats g = load(grad + i, part);
+        const Floats new_m = rule.first_moment(load(m + i, part), g);
+        const Floats new_v = rule.second_moment(load(v + i, part), g);
+        store(m + i, new_m, part);
+        store(v + i, new_v, part);
+        store(param + i, rule.param(load(param + i, part), new_m, new_v), part);
+      });
+      return kOk;
+    });
+  });
+}
+
+// A moment in 8 bits: the levels that codes stand for, the codes and scales of one tensor.
 struct CodedMoment {
+  const float* codebook;
+  const NearestOf256& table;
   uint8_t* codes;
   float* absmax;
-  const float* codebook;
-  Decisions<256> decisions;
-
-  CodedMoment(void* codes, float* absmax, const float* codebook)
-      : codes(static_cast<uint8_t*>(codes)),
-        absmax(absmax),
-        codebook(codebook),
-        decisions(codebook) {}
-
-  void read(int64_t block, int count, float* moment) const {
-    dequantize_block_8bit(codes + block * kBlock, count, absmax[block], codebook, moment);
-  }
-
-  void write(int64_t block, int count, const float* moment) const {
-    absmax[block] = quantize_block_8bit(moment, count, decisions, codes + block * kBlock);
-  }
 };
+
+// One block. Its new moments are in the first-level cache between the two loops, since codes need
+// the absmax of all of them. The second loop has both what is slow, the root and the quotient, and
+// the look-ups for the new codes: they are different units of a processor, and work side by side.
+template <typename Grad, typename Param>
+void step_block(const Rule& rule, int64_t block, int64_t count, const Grad* grad,
+                const CodedMoment& first, const CodedMoment& second, Param* param) {
+  float m[kBlock], v[kBlock];
+  uint8_t* first_codes = first.codes + block * kBlock;
+  uint8_t* second_codes = second.codes + block * kBlock;
+  const Floats first_scale = broadcast(first.absmax[block]);
+  const Floats second_scale = broadcast(second.absmax[block]);
+  for_each_vector(count, [=, &m, &v](int64_t i, auto part) {
+    read_ahead(grad + i);
+    read_ahead(param + i);
+    const Floats g = load(grad + i, part);
+    const Floats old_m = look_up(first.codebook, load(first_codes + i, part)) * first_scale;
+    const Floats old_v = look_up(second.codebook, load(second_codes + i, part)) * second_scale;
+    store(m + i, rule.first_moment(old_m, g), part);
+    store(v + i, rule.second_moment(old_v, g), part);
+  });
+
+  first.absmax[block] = largest_magnitude(m, count);
+  second.absmax[block] = largest_magnitude(v, count);
+  const BlockQuantizer first_code(first.table, first.absmax[block]);
+  const BlockQuantizer second_code(second.table, second.absmax[block]);
+  for_each_vector(count, [=, &m, &v](int64_t i, auto part) {
+    const Floats new_m = load(m + i, part), new_v = load(v + i, part);
+    store(param + i, rule.param(load(param + i, part), new_m, new_v), part);
+    store(first_codes + i, first_code(new_m), part);
+    store(second_codes + i, second_code(new_v), part);
+  });
+}
+
+void step_with_coded_moments(const Tensors& tensors, const Rule& rule, const float* first_codebook,
+                             const float* second_codebook, int threads) {
+  const NearestOf256 first_table(first_codebook), second_table(second_codebook);
+  for_each_run(tensors, threads, [&](int64_t tensor, int64_t first_block, int64_t last_block) {
+    const CodedMoment first{first_codebook, first_table,
+                            static_cast<uint8_t*>(tensors.first_moments[tensor]),
+                            tensors.first_absmaxes[tensor]};
+    const CodedMoment second{second_codebook, second_table,
+                             static_cast<uint8_t*>(tensors.second_moments[tensor]),
+                             tensors.second_absmaxes[tensor]};
+    tensors.with_dtypes(tensor, [&](auto* grads, auto* params) {
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t start = block * kBlock;
+        const int64_t count = std::min<int64_t>(kBlock, tensors.counts[tensor] - start);
+        step_block(rule, block, count, grads + start, first, second, params + start);
+      }
+      return kOk;
+    });
+  });
+}
 
 }  // namespace
 
-int adamw_step(void* param, int param_dtype, const void* grad, int grad_dtype, void* first_moment,
-               void* second_moment, float* first_absmax, float* second_absmax,
-               const float* first_codebook, const float* second_codebook, int64_t n, double lr,
-               double beta1, double beta2, double eps, double weight_decay, int64_t step,
-               int threads) {
-  if (is_bad_size(n, kBlock, threads) || step < 1) return kBadSize;
-  const Factors factors = factors_of(lr, beta1, beta2, eps, weight_decay, step);
-
-  const Floats params{param, param_dtype}, grads{const_cast<void*>(grad), grad_dtype};
-  if (!params.has_known_dtype() || !grads.has_known_dtype()) return kUnknownDtype;
-
-  const auto update_block = [&](int64_t start, int count, float* m, float* v) {
-    float grad32[kBlock], param32[kBlock];
-    grads.read(start, count, grad32);
-    params.read(start, count, param32);
-    update(factors, count, grad32, m, v, param32);
-    params.write(start, count, param32);
-  };
+int adamw_step(int64_t number, const int64_t* counts, void* const* params, const int* param_dtypes,
+               const void* const* grads, const int* grad_dtypes, void* const* first_moments,
+               void* const* second_moments, float* const* first_absmaxes,
+               float* const* second_absmaxes, const float* first_codebook,
+               const float* second_codebook, double lr, double beta1, double beta2, double eps,
+               double weight_decay, int64_t step, int threads) {
+  if (number < 0 || step < 1 || threads < 1) return kBadSize;
+  const Tensors tensors{number,         counts,         params,        param_dtypes,
+                        grads,          grad_dtypes,    first_moments, second_moments,
+                        first_absmaxes, second_absmaxes};
+  const int status = find_error(tensors);
+  if (status != kOk) return status;
+  const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<double>(step));
   if (first_codebook == nullptr) {
-    float* m = static_cast<float*>(first_moment);
-    float* v = static_cast<float*>(second_moment);
-    for_each_block(n, kBlock, threads, [&](int64_t, int64_t start, int64_t count) {
-      update_block(start, static_cast<int>(count), m + start, v + start);
-    });
-    return kOk;
+    step_with_float_moments(tensors, rule, threads);
+  } else {
+    step_with_coded_moments(tensors, rule, first_codebook, second_codebook, threads);
   }
-  const CodedMoment first(first_moment, first_absmax, first_codebook);
-  const CodedMoment second(second_moment, second_absmax, second_codebook);
-  for_each_block(n, kBlock, threads, [&](int64_t block, int64_t start, int64_t count64) {
-    const int count = static_cast<int>(count64);
-    float m[kBlock], v[kBlock];
-    first.read(block, count, m);
-    second.read(block, count, v);
-    update_block(start, count, m, v);  // with the moments as they are before rounding
-    first.write(block, count, m);
-    second.write(block, count, v);
-  });
   return kOk;
 }
 

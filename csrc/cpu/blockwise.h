@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "float_formats.h"
+#include "simd.h"
 
 namespace qlora {
 
@@ -33,29 +33,50 @@ void for_each_block(int64_t n, int64_t block_size, [[maybe_unused]] int threads,
   }
 }
 
-// The largest magnitude. Without their sign, floats are ordered as their bits are, and NaN lies
-// above infinity: an integer maximum finds it, lets NaN through, and vectorises.
+// Asks for what the loop over an array will want some blocks later, so that memory works on while
+// the processor computes. What would lie behind the end of the array is not read, only asked for.
 template <typename Value>
-float largest_magnitude(const Value* x, int64_t count) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    largest = std::max(largest, static_cast<int32_t>(bits_of(to_float(x[i])) & ~kSignBit));
-  }
-  return float_of(static_cast<uint32_t>(largest));
+void read_ahead(const Value* x) {
+  constexpr uintptr_t kDistance = 8192;  // bytes
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kDistance));
 }
 
-// normalised[i] = x[i] / absmax: by the reciprocal, or by a quotient where that overflows, so that
-// tiny blocks keep their shape. A block of zeros stays zero.
+// The largest magnitude. Without their sign, floats are ordered as their bits are, and NaN lies
+// above infinity: an integer maximum finds it and lets NaN through.
+template <typename Value>
+float largest_magnitude(const Value* x, int64_t count) {
+  const Ints magnitude = broadcast(static_cast<int32_t>(~kSignBit));
+  Ints running = broadcast(0);
+  for_each_vector(count, [&](int64_t i, auto part) {
+    running = larger(running, bit_and(bits_of(load(x + i, part)), magnitude));
+  });
+  return float_of(static_cast<uint32_t>(largest(running)));
+}
+
+// x / absmax: by the reciprocal, or by a quotient where that overflows, so that tiny blocks keep
+// their shape. A block of zeros stays zero.
+class Normaliser {
+ public:
+  explicit Normaliser(float absmax) {
+    const float reciprocal = 1.0f / absmax;
+    divides_ = std::isinf(reciprocal) && absmax != 0.0f;
+    scale_ = broadcast(divides_ ? absmax : absmax == 0.0f ? 0.0f : reciprocal);
+  }
+
+  Floats operator()(Floats x) const { return divides_ ? x / scale_ : x * scale_; }
+
+ private:
+  bool divides_;
+  Floats scale_;
+};
+
+// normalised[i] = x[i] / absmax.
 template <typename Value>
 void normalise(const Value* x, int count, float absmax, float* normalised) {
-  const float reciprocal = 1.0f / absmax;
-  if (!std::isinf(reciprocal)) {
-    for (int i = 0; i < count; ++i) normalised[i] = to_float(x[i]) * reciprocal;
-  } else if (absmax == 0.0f) {
-    std::fill(normalised, normalised + count, 0.0f);
-  } else {
-    for (int i = 0; i < count; ++i) normalised[i] = to_float(x[i]) / absmax;
-  }
+  const Normaliser normaliser(absmax);
+  for_each_vector(count, [=](int64_t i, auto part) {
+    store(normalised + i, normaliser(load(x + i, part)), part);
+  });
 }
 
 // Where the nearest level changes (codebooks.decision_thresholds): a value has the code
@@ -93,41 +114,5 @@ struct Decisions {
     }
   }
 };
-
-// positions[i] = the number of the 255 thresholds below values[i]: a binary search in 8 halvings,
-// all values a halving at a time. The product instead of a choice keeps compilers from branching,
-// which mispredicts every second time.
-inline void count_below(const Decisions<256>& decisions, const float* values, int count,
-                        int32_t* positions) {
-  std::fill(positions, positions + count, 0);
-  for (int half = 128; half > 0; half /= 2) {
-    for (int i = 0; i < count; ++i) {
-      positions[i] += half * (values[i] > decisions.thresholds[positions[i] + half - 1]);
-    }
-  }
-}
-
-// Quantises a block to 8-bit codes and returns its absmax.
-template <typename Value>
-float quantize_block_8bit(const Value* x, int64_t count, const Decisions<256>& decisions,
-                          uint8_t* codes) {
-  const float absmax = largest_magnitude(x, count);
-  float normalised[kChunk];
-  int32_t positions[kChunk];
-  for (int64_t start = 0; start < count; start += kChunk) {
-    const int size = static_cast<int>(std::min<int64_t>(kChunk, count - start));
-    normalise(x + start, size, absmax, normalised);
-    count_below(decisions, normalised, size, positions);
-    for (int i = 0; i < size; ++i) codes[start + i] = decisions.codes[positions[i]];
-  }
-  return absmax;
-}
-
-// y[i] = codebook[codes[i]] * absmax, rounded once.
-template <typename Value>
-void dequantize_block_8bit(const uint8_t* codes, int64_t count, float absmax, const float* codebook,
-                           Value* y) {
-  for (int64_t i = 0; i < count; ++i) y[i] = from_float<Value>(codebook[codes[i]] * absmax);
-}
 
 }  // namespace qlora

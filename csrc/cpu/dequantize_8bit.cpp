@@ -1,6 +1,6 @@
 // 8-bit codes to values: look up, scale, round once.
 
-#include "blockwise.h"
+#include "levels_256.h"
 
 int qlora::dequantize_8bit(const uint8_t* codes, const float* absmax, const float* codebook,
                            int64_t block_size, int64_t n, void* y, int dtype, int threads) {

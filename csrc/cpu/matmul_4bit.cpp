@@ -60,6 +60,10 @@ class Multiplier {
   static constexpr int kPlanes = Format::kPlanes;
   static constexpr int kPair = Format::kPair;
 
+  // Activations that stay in the L2 cache as a whole. Then all chunks of a group of rows are read
+  // one after another; otherwise one chunk of many rows, which reads activations less often.
+  static constexpr int64_t kCachedBytes = 768 * 1024;
+
   // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
   static constexpr int64_t kBlock = 256;
   static constexpr int64_t kWeights =
@@ -77,6 +81,7 @@ class Multiplier {
     activation_plane_ = chunks_ * chunk_elements_;
     const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
     output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
+    if (!kTransposed && bytes_of(activation_plane_) <= kCachedBytes) output_step_ = Format::kGroup;
     sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
     sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
   }
@@ -165,7 +170,7 @@ class Multiplier {
       const int64_t rows = std::min<int64_t>(Format::kGroup, outputs - group);
       for (int64_t row = 0; row < rows; ++row) {
         Element* out = weights + row * Format::kRowStride;
-        prefetch_row(product_.weight, first + group + row + Format::kGroup, chunk * kDepth, depth);
+        prefetch_after(first, outputs, group, row, chunk);
         decode_row<Table>(product_.weight, first + group + row, chunk * kDepth, depth, out,
                           kWeights);
         clear(out, depth, padded, kWeights);
@@ -174,6 +179,16 @@ class Multiplier {
                        round_up(rows, Format::kRowStep), (tokens + kLanes - 1) / kLanes, padded,
                        sums + group * sum_stride_, sum_stride_);
     }
+  }
+
+  // Asks for what add_rows will want a group later: the same row of the next group, or of the first
+  // group in the next chunk.
+  void prefetch_after(int64_t first, int64_t outputs, int64_t group, int64_t row,
+                      int64_t chunk) const {
+    const bool is_last = group + Format::kGroup >= outputs;
+    const int64_t next = is_last ? first + row : first + group + Format::kGroup + row;
+    const int64_t begin = (is_last ? chunk + 1 : chunk) * kDepth;
+    prefetch_row(product_.weight, next, begin, kDepth);
   }
 
   // sums (tokens, outputs) += rows of tokens * panels of the weight's columns, over a chunk of
@@ -212,7 +227,7 @@ class Multiplier {
       const uint8_t* packed[kPair];
       for (int i = 0; i < kPair; ++i) {
         if (left[i] == 0) {
-          const int64_t block = (position[i] + column) / weight.block_size;
+          const int64_t block = weight.block_of(position[i] + column);
           tables[i] = Table(weight.codebook, weight.scales[block]);
           left[i] = (block + 1) * weight.block_size - (position[i] + column);
         }

@@ -1,9 +1,11 @@
 // Vectors of floats under one set of names, for whatever instruction set this file is compiled for.
 //
 //   Floats, Ints       kLanes floats, or as many 32-bit integers; + - * / work on Floats
-//   load, store        kLanes values of float, Bfloat16 or Float16, widened exactly, rounded once
+//   load, store        kLanes values of float, Bfloat16 or Float16, widened exactly, rounded once;
+//                      or kLanes bytes, as integers
 //   load_first,        the first `count` of them (0 to kLanes); what lies behind is not touched,
 //   store_first        and is read as 0
+//   for_each_vector    a loop over an array: load and store take All or First from it
 //
 // All of these give the same bits as float_formats.h, on every instruction set.
 
@@ -32,17 +34,49 @@ inline Vector in_register(Vector x) {
 }
 
 template <typename Value>
-Floats load_first(const Value* x, int count) {
+auto load_first(const Value* x, int count) {
   Value lanes[kLanes] = {};
   std::memcpy(lanes, x, count * sizeof(Value));
   return load(lanes);
 }
 
-template <typename Value>
-void store_first(Value* y, Floats x, int count) {
+template <typename Value, typename Vector>
+void store_first(Value* y, Vector x, int count) {
   Value lanes[kLanes];
   store(lanes, x);
   std::memcpy(y, lanes, count * sizeof(Value));
+}
+
+// Which lanes of a vector stand for elements of an array: all, or the first ones at its end.
+struct All {};
+struct First {
+  int count;
+};
+
+template <typename Value>
+auto load(const Value* x, All) {
+  return load(x);
+}
+template <typename Value>
+auto load(const Value* x, First part) {
+  return load_first(x, part.count);
+}
+
+template <typename Value, typename Vector>
+void store(Value* y, Vector x, All) {
+  store(y, x);
+}
+template <typename Value, typename Vector>
+void store(Value* y, Vector x, First part) {
+  store_first(y, x, part.count);
+}
+
+// Calls function(i, part) for the elements i, i + 1, ... of each vector of an array.
+template <typename Function>
+void for_each_vector(int64_t count, Function function) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) function(i, All{});
+  if (i < count) function(i, First{static_cast<int>(count - i)});
 }
 
 }  // namespace qlora

@@ -21,6 +21,46 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm256_f
 
 inline Ints shift_right(Ints x, int bits) { return _mm256_srli_epi32(x, bits); }
 
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+inline Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+
+inline Ints smaller(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
+inline Ints larger(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+
+// b where either is NaN.
+inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+
+inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
+
+// -1 where a > b, else 0.
+inline Ints is_greater(Floats a, Floats b) {
+  return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+
+// Numbers that are ordered as the floats are; -0 comes right before 0.
+inline Ints ranks_of(Floats x) {
+  const Ints bits = bits_of(x);
+  const Ints is_negative = _mm256_srai_epi32(bits, 31);
+  return _mm256_xor_si256(bits, _mm256_srli_epi32(is_negative, 1));
+}
+
+inline int32_t largest(Ints x) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b1110));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b01));
+  return _mm_cvtsi128_si32(half);
+}
+
+// Lane i is table[indices[i]].
+inline Floats look_up(const float* table, Ints indices) {
+  return _mm256_i32gather_ps(table, indices, sizeof(float));
+}
+inline Ints look_up(const int32_t* table, Ints indices) {
+  return _mm256_i32gather_epi32(table, indices, sizeof(int32_t));
+}
+
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm256_permutevar8x32_ps(x, lanes); }
 
@@ -32,6 +72,17 @@ inline float sum(Floats x) {
 
 inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm256_storeu_ps(y, x); }
+
+// Bytes become integers, and integers below 256 bytes.
+inline Ints load(const uint8_t* x) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+}
+inline void store(uint8_t* y, Ints x) {
+  const Ints pairs = _mm256_packus_epi32(x, x);
+  const Ints bytes = _mm256_packus_epi16(pairs, pairs);  // four in the lowest bytes of each half
+  const Ints joined = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(joined));
+}
 
 inline Floats load(const Bfloat16* x) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));

@@ -21,6 +21,43 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return _mm512_f
 
 inline Ints shift_right(Ints x, int bits) { return _mm512_srli_epi32(x, bits); }
 
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+
+inline Ints smaller(Ints a, Ints b) { return _mm512_min_epi32(a, b); }
+inline Ints larger(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+
+// b where either is NaN.
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
+
+// -1 where a > b, else 0.
+inline Ints is_greater(Floats a, Floats b) {
+  return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ));
+}
+
+// Numbers that are ordered as the floats are; -0 comes right before 0.
+inline Ints ranks_of(Floats x) {
+  const Ints bits = bits_of(x);
+  const Ints is_negative = _mm512_srai_epi32(bits, 31);
+  const Ints magnitude = broadcast(static_cast<int32_t>(~kSignBit));
+  // The truth table of bits ^ (is_negative & magnitude).
+  return _mm512_ternarylogic_epi32(bits, is_negative, magnitude, 0xf0 ^ (0xcc & 0xaa));
+}
+
+inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
+
+// Lane i is table[indices[i]].
+inline Floats look_up(const float* table, Ints indices) {
+  return _mm512_i32gather_ps(indices, table, sizeof(float));
+}
+inline Ints look_up(const int32_t* table, Ints indices) {
+  return _mm512_i32gather_epi32(indices, table, sizeof(int32_t));
+}
+
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm512_permutexvar_ps(lanes, x); }
 
@@ -28,6 +65,14 @@ inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
+
+// Bytes become integers, and integers below 256 bytes.
+inline Ints load(const uint8_t* x) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline void store(uint8_t* y, Ints x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(x));
+}
 
 inline Floats load(const Bfloat16* x) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 namespace qlora {
 
 constexpr int kLanes = 4;
@@ -21,6 +23,40 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return a * b + 
 inline Ints shift_right(Ints x, int bits) {
   typedef uint32_t Words __attribute__((vector_size(16)));
   return reinterpret_cast<Ints>(reinterpret_cast<Words>(x) >> bits);
+}
+
+inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints subtract(Ints a, Ints b) { return a - b; }
+inline Ints bit_and(Ints a, Ints b) { return a & b; }
+
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+// b where either is NaN.
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats square_root(Floats x) {
+  return Floats{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])};
+}
+
+// -1 where a > b, else 0.
+inline Ints is_greater(Floats a, Floats b) { return a > b; }
+
+// Numbers that are ordered as the floats are; -0 comes right before 0.
+inline Ints ranks_of(Floats x) {
+  const Ints bits = bits_of(x);
+  return bits ^ shift_right(bits >> 31, 1);
+}
+
+inline int32_t largest(Ints x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
+
+// Lane i is table[indices[i]].
+inline Floats look_up(const float* table, Ints indices) {
+  return Floats{table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]]};
+}
+inline Ints look_up(const int32_t* table, Ints indices) {
+  return Ints{table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]]};
 }
 
 // Lane i is x[lanes[i]].
@@ -50,6 +86,12 @@ void store(Value* y, Floats x) {
 template <>
 inline void store(float* y, Floats x) {
   std::memcpy(y, &x, sizeof x);
+}
+
+// Bytes become integers, and integers below 256 bytes.
+inline Ints load(const uint8_t* x) { return Ints{x[0], x[1], x[2], x[3]}; }
+inline void store(uint8_t* y, Ints x) {
+  for (int i = 0; i < kLanes; ++i) y[i] = static_cast<uint8_t>(x[i]);
 }
 
 }  // namespace qlora

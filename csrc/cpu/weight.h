@@ -9,8 +9,12 @@
 namespace qlora {
 
 // Asks for a cache line ahead of its use, where it need not exist. To the second-level cache: the
-// first one keeps track of fewer requests at a time than it takes to read at full speed.
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+// first one keeps track of fewer requests at a time than it takes to read at full speed. (gcc takes
+// functions that only prefetch for functions without effect, and drops calls that it does not
+// inline at once.)
+__attribute__((always_inline)) inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+}
 
 // The scale of each block: a float, or a code of 8 bits that is restored in two roundings.
 struct Scales {
@@ -27,7 +31,7 @@ struct Scales {
     return nested_codebook[code] * nested_absmax[block / kNestedBlock] + offset;
   }
 
-  void prefetch_blocks(int64_t first, int64_t count) const {
+  __attribute__((always_inline)) void prefetch_blocks(int64_t first, int64_t count) const {
     const int64_t size = nested_absmax == nullptr ? sizeof(float) : sizeof(uint8_t);
     const char* start = static_cast<const char*>(absmax) + first * size;
     for (int64_t byte = 0; byte < count * size; byte += 64) prefetch(start + byte);
@@ -40,6 +44,12 @@ struct Weight {
   const float* codebook;
   int64_t block_size;
   int64_t rows, columns;  // N, K
+
+  // Block sizes are powers of two but for odd ones out, and a shift is much faster than a division.
+  int64_t block_of(int64_t position) const {
+    const int bits = __builtin_ctzll(static_cast<uint64_t>(block_size));
+    return block_size >> bits == 1 ? position >> bits : position / block_size;
+  }
 };
 
 // How a product wants weights and activations is said by a Format (format_float.h):
@@ -71,12 +81,16 @@ inline Floats rounded<float>(Floats x) {
   return x;
 }
 
-// Asks for the codes of a part of a row ahead of their use: parts of rows lie too far from one
-// another for a processor to see what comes next. Outside the weight nothing happens.
-inline void prefetch_row(const Weight& weight, int64_t row, int64_t begin, int64_t count) {
+// Asks for the codes and scales of a part of a row ahead of their use: parts of rows lie too far
+// from one another for a processor to see what comes next. Outside the weight nothing happens.
+__attribute__((always_inline)) inline void prefetch_row(const Weight& weight, int64_t row,
+                                                        int64_t begin, int64_t count) {
   if (row >= weight.rows || begin >= weight.columns) return;
-  const uint8_t* packed = weight.packed + (row * weight.columns + begin) / 2;
-  for (int64_t byte = 0; byte < count / 2; byte += 64) prefetch(packed + byte);
+  const int64_t position = row * weight.columns + begin;
+  const int64_t first = weight.block_of(position), last = weight.block_of(position + count - 1);
+  weight.scales.prefetch_blocks(first, last + 1 - first);
+  for (int64_t byte = 0; byte < count / 2; byte += 64)
+    prefetch(weight.packed + position / 2 + byte);
 }
 
 // Restores `count` values of a row, from `begin` on, in order, with what the codes of each block
@@ -91,7 +105,7 @@ __attribute__((noinline)) void decode_row(const Weight& weight, int64_t row, int
                                           int64_t count, Element* out, int64_t plane) {
   int64_t position = row * weight.columns + begin;
   const int64_t end = position + count;
-  int64_t block = position / weight.block_size;
+  int64_t block = weight.block_of(position);
   int64_t left = (block + 1) * weight.block_size - position;  // in this block
   if (position % 2 != 0 && count > 0) {  // an odd row length puts a row's start into a low nibble
     const Table table(weight.codebook, weight.scales[block]);
