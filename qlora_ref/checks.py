@@ -16,16 +16,25 @@ from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+# What an operator's schema and the kernels hold a count in.
+INT64_LIMIT = 2**63
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}; convert it with .to_dense()")
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}; "
@@ -41,8 +50,27 @@ def check_output_dtype(dtype: torch.dtype) -> None:
 def check_block_size(block_size: int) -> None:
     if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool):
         raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
-    if block_size < 2 or block_size % 2:
-        raise ValueError(f"block_size must be even and at least 2, got {block_size}; 64 is usual")
+    if block_size < 2 or block_size % 2 or block_size >= INT64_LIMIT:
+        raise ValueError(
+            f"block_size must be even, at least 2 and below 2**63, got {block_size}; 64 is usual"
+        )
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    for size in shape:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"shape must hold ints, got {size!r} in {tuple(shape)}")
+        if not 0 <= size < INT64_LIMIT:
+            raise ValueError(
+                f"shape must hold sizes of at least 0 and below 2**63, got {tuple(shape)}"
+            )
+
+
+def check_step(step: int) -> None:
+    if not isinstance(step, (int, torch.SymInt)):
+        raise TypeError(f"step must be an int, got {type(step).__name__}")
+    if not 1 <= step < INT64_LIMIT:
+        raise ValueError(f"step counts from 1, and to less than 2**63, got {step}")
 
 
 def check_one_device(first: Tensor, *others: Tensor | None) -> None:
@@ -64,6 +92,7 @@ def check_table(name: str, codebook: Tensor, entries: int) -> None:
 
 
 def check_scales(name: str, absmax: Tensor, n: int, block_size: int) -> None:
+    check_tensor(name, absmax)
     blocks = -(-n // block_size)
     if absmax.shape != (blocks,):
         raise ValueError(
@@ -122,33 +151,37 @@ def check_bias(bias: Tensor, x: Tensor, features: int, transposed: bool) -> None
         raise ValueError(f"bias must have shape ({features},), got {tuple(bias.shape)}")
 
 
-def check_moments(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-) -> None:
-    for name, tensors in (
-        ("grads", grads),
-        ("first_moments", first_moments),
-        ("second_moments", second_moments),
-    ):
-        if [tensor.shape for tensor in tensors] != [param.shape for param in params]:
-            raise ValueError(
-                f"{name} must have the shapes of params, {[tuple(p.shape) for p in params]}, "
-                f"got {[tuple(tensor.shape) for tensor in tensors]}"
-            )
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    _check_shapes("grads", grads, params)
     for param in params:
         check_float("a parameter", param)
-    for name, tensors in (
-        ("parameters", params),
-        ("first_moments", first_moments),
-        ("second_moments", second_moments),
-    ):
-        if not all(tensor.is_contiguous() for tensor in tensors):
-            raise ValueError(f"{name} are changed in place and must be contiguous")
     for grad in grads:
         check_float("a gradient", grad)
+    _check_contiguous("parameters", params)
+    if len(set(params)) < len(params):
+        raise ValueError("a parameter is listed twice: a step changes each one once")
+
+
+def check_moments(
+    params: Sequence[Tensor], moments: Sequence[Tensor], name: str, dtype: torch.dtype
+) -> None:
+    _check_shapes(name, moments, params)
+    for moment in moments:
+        check_dtype("a moment", moment, dtype)
+    _check_contiguous(name, moments)
+
+
+def _check_shapes(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if [tensor.shape for tensor in tensors] != [param.shape for param in params]:
+        raise ValueError(
+            f"{name} must have the shapes of params, {[tuple(p.shape) for p in params]}, "
+            f"got {[tuple(tensor.shape) for tensor in tensors]}"
+        )
+
+
+def _check_contiguous(name: str, tensors: Sequence[Tensor]) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError(f"{name} are changed in place and must be contiguous")
 
 
 def check_absmaxes(
@@ -173,6 +206,5 @@ def check_absmaxes(
         for param, absmax in zip(params, scales):
             check_dtype(name, absmax, torch.float32)
             check_scales(name, absmax, param.numel(), DYNAMIC_BLOCK_SIZE)
-            if not absmax.is_contiguous():
-                raise ValueError(f"{name} are changed in place and must be contiguous")
+        _check_contiguous(name, scales)
     return True

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent  # where setup.py puts libqlora_cpu_<isa>.so, one
 # What csrc/cpu is compiled for, in the order of enum Isa in csrc/kernels.h; each includes the last.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
-INTERFACE_VERSION = 2  # kInterfaceVersion in csrc/kernels.h
+INTERFACE_VERSION = 3  # kInterfaceVersion in csrc/kernels.h
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
 
@@ -46,9 +46,9 @@ SIGNATURES: dict[str, Sequence[type]] = {
         *(c_void_p, c_int, c_void_p, c_int),  # bias, transposed, y
     ),
     "adamw_step": (
-        *(c_void_p, c_int, c_void_p, c_int),  # param, grad
+        *(c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # counts, params, grads
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # moments, scales, codebooks
-        *(c_int64, c_double, c_double, c_double, c_double, c_double, c_int64, c_int),
+        *(c_double, c_double, c_double, c_double, c_double, c_int64, c_int),
     ),
 }
 
@@ -218,18 +218,18 @@ class CpuOperations:
         second_codebook: Tensor | None,
         *options: float,  # lr, beta1, beta2, eps, weight_decay, step
     ) -> None:
-        scales: Sequence[Sequence[Tensor | None]] = (first_absmaxes, second_absmaxes)
-        codebooks: tuple[Tensor | None, Tensor | None] = (None, None)
-        if first_codebook is None or second_codebook is None:
-            scales = [[None] * len(params)] * 2
-        else:
+        grads = [grad.contiguous() for grad in grads]
+        tables: list[Any] = [None] * 4
+        if first_codebook is not None and second_codebook is not None:
             codebooks = first_codebook.contiguous(), second_codebook.contiguous()
-        for param, grad, *state in zip(params, grads, first_moments, second_moments, *scales):
-            typed = (param, DTYPES[param.dtype], grad.contiguous(), DTYPES[grad.dtype])
-            self._call("adamw_step", *typed, *state, *codebooks, param.numel(), *options)
+            tables = [list(first_absmaxes), list(second_absmaxes), *codebooks]
+        counts = torch.tensor([param.numel() for param in params], dtype=torch.int64)
+        typed = (list(params), _dtypes(params), grads, _dtypes(grads))
+        moments = (list(first_moments), list(second_moments))
+        self._call("adamw_step", len(params), counts, *typed, *moments, *tables, *options)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        """Call a C function: tensors by address, the number of threads last."""
+        """Call a C function: tensors by address, also in lists, the number of threads last."""
         values = [value if type(value) in _PLAIN else _address(value) for value in arguments]
         status = getattr(self._library, name)(*values, _threads())
         if status:
@@ -250,7 +250,9 @@ def raise_error(name: str, status: int) -> None:
 _PLAIN = frozenset((int, float, type(None)))  # what ctypes takes as it is
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Tensor | list[Tensor]) -> Any:
+    if isinstance(tensor, list):  # C reads it as an array of pointers
+        return (c_void_p * len(tensor))(*map(_address, tensor))
     # What C would follow blindly: an address on another device, elements that are not in a row.
     if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
@@ -258,6 +260,10 @@ def _address(tensor: Tensor) -> int:
             f"{tensor.stride()}"
         )
     return tensor.data_ptr()
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([DTYPES[tensor.dtype] for tensor in tensors], dtype=torch.int32)
 
 
 _is_forked = False

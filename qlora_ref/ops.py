@@ -24,12 +24,15 @@ from qlora_ref.checks import (
     check_dtype,
     check_features,
     check_float,
+    check_gradients,
     check_moments,
     check_nested,
     check_one_device,
     check_output_dtype,
     check_packed,
     check_scales,
+    check_shape,
+    check_step,
     check_table,
 )
 from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
@@ -84,6 +87,7 @@ def dequantize_4bit(
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.
     """
+    check_shape(shape)
     n = math.prod(shape)
     check_packed(packed, absmax, codebook, block_size, n)
     check_dtype("absmax", absmax, torch.float32)
@@ -189,6 +193,7 @@ def matmul_4bit(
     check_float("x", x)
     if len(shape) != 2:
         raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+    check_shape(shape)
     rows, columns = shape
     check_packed(packed, absmax, codebook, block_size, rows * columns)
     check_features(x, rows if transposed else columns, "N" if transposed else "K")
@@ -244,28 +249,31 @@ def adamw_step(
     second_codebook  float32 (256,) or None         dynamic_codebook(signed=False)
     step             int, >= 1                      number of this step
 
+    What is changed in place lies in memory that can be written, and no two of these tensors share
+    any: neither can be seen here at a small cost, and what comes out then is not defined.
+
     Everything is float32, in the order of the formula, without fused multiply-adds; s, c and the
     factors of the betas are worked out in float64 and rounded once, p is rounded once to its
     dtype. 8-bit moments are restored, updated, used, then quantised anew to the nearest level in
     blocks of 256. Where gradient and moments are 0, p only decays, given
     eps > 0 (0 / 0 otherwise).
 
-    Raises TypeError for dtypes, ValueError for sizes.
+    Raises TypeError for dtypes, ValueError for sizes and for a parameter that is listed twice.
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; 8-bit: Dettmers et al. (arXiv
     2110.02861).
     """
-    check_moments(params, grads, first_moments, second_moments)
+    check_gradients(params, grads)
     eight_bit = check_absmaxes(
         params, first_absmaxes, second_absmaxes, first_codebook, second_codebook
     )
-    for moment in (*first_moments, *second_moments):
-        check_dtype("a moment", moment, torch.uint8 if eight_bit else torch.float32)
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    dtype = torch.uint8 if eight_bit else torch.float32
+    check_moments(params, first_moments, "first_moments", dtype)
+    check_moments(params, second_moments, "second_moments", dtype)
+    check_step(step)
     if params:
         _library.adamw_step(
             params,
-            [grad.detach().contiguous() for grad in grads],
+            [(grad.detach() if grad.requires_grad else grad).contiguous() for grad in grads],
             first_moments,
             second_moments,
             first_absmaxes,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_ref import ops
-from qlora_ref.checks import check_moments
+from qlora_ref.checks import check_gradients
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
 
 _TENSORS = {
@@ -144,7 +144,7 @@ def _check_gradients(params: list[Tensor]) -> None:
     grads = [param.grad for param in params if param.grad is not None]
     if any(grad.is_sparse for grad in grads):
         raise ValueError("AdamW takes dense gradients; use torch.optim.SparseAdam for sparse")
-    check_moments(params, grads, params, params)  # the moments are made to fit
+    check_gradients(params, grads)
 
 
 def _alike(params: list[Tensor], steps: list[int]) -> list[list[Tensor]]:

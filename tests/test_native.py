@@ -114,10 +114,12 @@ def test_functions_return_error_codes(fresh_library: Path) -> None:
     for n, block_size, threads in ((-1, 64, 1), (0, 63, 1), (0, 0, 1), (0, 64, 0)):
         bad = (NF4.data_ptr(), block_size, None, None, threads)
         assert library.quantize_4bit(None, 0, n, *bad) == 2
-    no_state, options = [None] * 6, (1e-3, 0.9, 0.99, 1e-8, 0.01)
-    assert library.adamw_step(None, 0, None, 0, *no_state, 0, *options, 1, 1) == 0
-    assert library.adamw_step(None, 0, None, 9, *no_state, 0, *options, 1, 1) == 1
-    assert library.adamw_step(None, 0, None, 0, *no_state, 0, *options, 0, 1) == 2
+    options = (1e-3, 0.9, 0.99, 1e-8, 0.01)
+    for count, dtype, step, status in ((0, 0, 1, 0), (0, 9, 1, 1), (0, 0, 0, 2), (-1, 0, 1, 2)):
+        counts, dtypes = (ctypes.c_int64 * 1)(count), (ctypes.c_int * 1)(dtype)
+        nulls = (ctypes.c_void_p * 1)()
+        lists = (counts, nulls, dtypes, nulls, dtypes, nulls, nulls, *[None] * 4)
+        assert library.adamw_step(1, *lists, *options, step, 1) == status
 
 
 def test_addresses_that_c_cannot_follow_are_refused(cpu: native.CpuOperations) -> None:
