@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -205,6 +206,42 @@ def test_a_list_is_updated_as_each_alone(bits: int, device: str) -> None:
     adamw_step(together, grads, *merged, *tables, **OPTIONS, step=1)
     for one, other in zip(together, alone, strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_list_of_several_dtypes_is_updated_as_each_alone(
+    threads: int, bits: int, device: str
+) -> None:
+    sizes, before = (70_000, 0, 1, 256, 5_000, 255), torch.get_num_threads()
+    kinds = list(itertools.product(sizes, DTYPES, DTYPES))
+    lists: list[list] = [[], [], [], [], [], []]  # as adamw_step takes them
+    tables = [table.to(device) for table in BOTH] if bits == 8 else []
+    for seed, (n, dtype, grad_dtype) in enumerate(kinds):
+        param = normal(n, seed=seed, dtype=dtype).to(device)
+        grad = normal(n, seed=seed + 100, dtype=grad_dtype).to(device)
+        state = State8bit(param).to(device)
+        moments = [moment.to(device) for moment in zero_moments(param)]
+        tensors = [*state.moments, *state.absmaxes] if bits == 8 else moments
+        for collected, tensor in zip(lists, (param, grad, *tensors), strict=False):
+            collected.append(tensor)
+    together = [[tensor.clone() for tensor in tensors] for tensors in lists]
+    torch.set_num_threads(threads)
+    try:
+        adamw_step(*together, *tables, **OPTIONS, step=1)
+    finally:
+        torch.set_num_threads(before)
+    for i in range(len(kinds)):
+        adamw_step(*([t[i]] if t else [] for t in lists), *tables, **OPTIONS, step=1)
+    for one, other in zip(itertools.chain(*together), itertools.chain(*lists), strict=True):
+        assert_same_bits(one, other)
+
+
+def test_a_parameter_listed_twice_is_refused() -> None:
+    param, other = normal(10), normal(10)
+    lists = [[normal(10, seed=i), normal(10, seed=i + 3)] for i in range(2)]
+    with pytest.raises(ValueError, match="a parameter is listed twice"):
+        adamw_step([param, param], [other, other], *lists, **OPTIONS, step=1)
 
 
 def test_an_empty_list_is_nothing_to_do() -> None:

@@ -33,6 +33,17 @@ TABLES = {
     "nf8": codebooks.normal_float_codebook(8),
     "unsorted, 16 levels": codebooks.nf4_codebook().flip(0).repeat(16),
 }
+# Levels that lie evenly, crowd together, are unsorted, are all but zero, or not finite.
+OTHER_TABLES = {
+    "int8": torch.cat([torch.linspace(-127, 127, 255), torch.zeros(1)]) / 127,
+    "even": torch.linspace(-1, 1, 256),
+    "random": normal(256, seed=21),
+    "crowded": 0.5 + torch.arange(256) * 2.0**-24,
+    "subnormal": torch.arange(-128, 128) * 2.0**-149,
+    "infinite": torch.cat([normal(253, seed=22), torch.tensor([math.inf, -math.inf, 3e38])]),
+    "one level": torch.ones(256),
+}
+NEIGHBOURS = 64  # floats on either side of a threshold
 
 BLOCK_SIZES = (2, 64, 100, 256, 4096)
 SHAPES = ((), (0,), (1,), (255,), (256,), (257,), (7, 12), (3, 401), (2, 3, 50), (2, 2101))
@@ -102,6 +113,40 @@ def test_exact_ties_go_to_the_lower_level(name: str, device: str) -> None:
     levels = table[codes.cpu().int()].tolist()[1:]
     assert levels[: len(thresholds)] == ordered[:-1]
     assert levels[len(thresholds) :] == ordered[1:]
+
+
+def around_thresholds(table: Tensor) -> Tensor:
+    """Every threshold in [-1, 1] with its nearest floats on both sides, and both zeros."""
+    _, thresholds = define_thresholds(list(table.numpy()))
+    near = np.array([t for t in thresholds if abs(t) <= 1], dtype=np.float32)
+    bits = near.view(np.int32).astype(np.int64)
+    ranks = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # consecutive for neighbouring floats
+    ranks = (ranks[:, None] + np.arange(-NEIGHBOURS, NEIGHBOURS + 1)).flatten()
+    magnitudes = np.abs(ranks).astype(np.uint32).view(np.float32)
+    return torch.from_numpy(np.append(np.copysign(magnitudes, ranks), [0.0, -0.0])).float()
+
+
+@pytest.mark.parametrize("name", [*TABLES, *OTHER_TABLES])
+def test_every_float_around_a_threshold_takes_the_defined_code(name: str, device: str) -> None:
+    table = (TABLES | OTHER_TABLES)[name]
+    x = around_thresholds(table).clamp(-1, 1)
+    pairs = torch.stack([torch.ones_like(x), x], dim=1)  # a 1 in each block: nothing is rescaled
+    codes, _ = quantize(pairs, table, 2, device)
+    _, thresholds = define_thresholds(list(table.numpy()))
+    levels, lowest_code = np.unique(table.numpy(), return_index=True)
+    positions = np.searchsorted(np.array(thresholds), x.numpy(), side="left")  # thresholds below x
+    assert len(levels) == len(thresholds) + 1
+    assert codes[:, 1].tolist() == lowest_code[positions].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["signed", "unsigned"])
+def test_every_narrow_number_matches_the_definition(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    x = torch.arange(-(2**15), 2**15, 5).to(torch.int16).view(dtype)
+    x = x[torch.isfinite(x)].sort().values  # blocks of like magnitudes, subnormals among them
+    assert_is_defined(x, TABLES[name], 64, device)
 
 
 @pytest.mark.parametrize("name", TABLES)
