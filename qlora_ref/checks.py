@@ -16,10 +16,6 @@ from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# What an operator's schema and the kernels hold a count in.
-INT64_LIMIT = 2**63
-
-
 def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -50,27 +46,32 @@ def check_output_dtype(dtype: torch.dtype) -> None:
 def check_block_size(block_size: int) -> None:
     if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool):
         raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
-    if block_size < 2 or block_size % 2 or block_size >= INT64_LIMIT:
-        raise ValueError(
-            f"block_size must be even, at least 2 and below 2**63, got {block_size}; 64 is usual"
-        )
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"block_size must be even and at least 2, got {block_size}; 64 is usual")
+    _check_limit("block_size", block_size)
 
 
 def check_shape(shape: Sequence[int]) -> None:
     for size in shape:
         if not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"shape must hold ints, got {size!r} in {tuple(shape)}")
-        if not 0 <= size < INT64_LIMIT:
-            raise ValueError(
-                f"shape must hold sizes of at least 0 and below 2**63, got {tuple(shape)}"
-            )
+        if size < 0:
+            raise ValueError(f"shape must hold no negative size, got {tuple(shape)}")
+        _check_limit("a size in shape", size)
 
 
 def check_step(step: int) -> None:
     if not isinstance(step, (int, torch.SymInt)):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
-    if not 1 <= step < INT64_LIMIT:
-        raise ValueError(f"step counts from 1, and to less than 2**63, got {step}")
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    _check_limit("step", step)
+
+
+def _check_limit(name: str, count: int) -> None:
+    # What an operator's schema and the kernels hold a count in.
+    if count >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {count}")
 
 
 def check_one_device(first: Tensor, *others: Tensor | None) -> None:

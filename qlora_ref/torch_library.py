@@ -210,20 +210,22 @@ def matmul_4bit(*arguments: Any) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not needs_gradient and _is_plain(x):
+    if not needs_gradient and _is_plain(x) and (bias is None or _is_plain(bias)):
         return _run_matmul(*arguments)
     product: Tensor = _Matmul4bit.apply(*arguments)
     return product
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks on who must see an operator: no subclass, meta tensor, mode, transform.
+    """Whether nobody looks on who must see an operator: no subclass, meta tensor, mode, transform,
+    lazy negation (which the dispatcher carries out).
 
     The way through PyTorch's dispatcher to Python and back takes longer than a small product.
     """
     return (
         type(x) is Tensor
         and not x.is_meta
+        and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
