@@ -8,6 +8,7 @@ from measure import (
     bitsandbytes_is_installed,
     copy_candidate,
     each_backend,
+    each_thread_count,
     medians,
     parse_arguments,
     report,
@@ -29,9 +30,11 @@ def main() -> None:
 
         # Not checked for equality: its CPU code rounds to a grid first and is not exact.
         candidates["bitsandbytes"] = lambda: bnb.quantize_blockwise(x, blocksize=256)
-    nbytes = x.numel() * 5 + x.numel() // 64
+    nbytes = x.numel() * 5 + x.numel() // 64  # values, codes, scales
     candidates[COPY] = copy_candidate(nbytes)
-    report(f"quantize_8bit {tuple(x.shape)} float32", medians(candidates, options.repeats), nbytes)
+    for _ in each_thread_count():
+        found = medians(candidates, options.repeats)
+        report(f"quantize_8bit {tuple(x.shape)} float32", found, nbytes)
 
 
 if __name__ == "__main__":

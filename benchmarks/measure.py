@@ -10,12 +10,13 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from qlora_ref.dispatch import BACKENDS, explain, force_backend
 
+PEER = "bitsandbytes"
 COPY = "copy"  # the memory bandwidth to compare with: as many bytes, copied
 
 
@@ -31,6 +32,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     return options
+
+
+def each_thread_count() -> Iterator[int]:
+    """One thread, then as many as were asked for; torch's number is set to each in turn."""
+    most = torch.get_num_threads()
+    for threads in sorted({1, most}):
+        torch.set_num_threads(threads)
+        yield threads
 
 
 def each_backend(operation: str, call: Callable[[], object]) -> dict[str, Callable[[], object]]:
@@ -72,15 +81,21 @@ def medians(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(title: str, found: dict[str, float], nbytes: int, flops: int = 0) -> None:
-    """Print a table: time, bytes and operations a second, how many times slower than the best."""
+def report(
+    title: str, found: dict[str, float], nbytes: int, flops: int = 0, peer: str = PEER
+) -> None:
+    """Print a table: time, bytes and operations a second, how many times slower than the best.
+
+    peer  the candidate whose time is divided by that of each, in the column of that name
+    """
     print(f"{title}; {torch.get_num_threads()} thread(s), medians")
     best = min(value for name, value in found.items() if name != COPY)
-    print(f"{'':<16}{'ms':>10}{'GB/s':>9}{'GFLOP/s':>10}{'x best':>9}{'of copy':>9}")
+    print(f"{'':<16}{'ms':>10}{'GB/s':>9}{'GFLOP/s':>10}{'x best':>9}{'of copy':>9}  {peer}")
     for name, seconds in found.items():
         rate = f"{flops / seconds / 1e9:.1f}" if flops and name != COPY else ""
+        ratio = f"{found[peer] / seconds:.2f}" if peer in found and name != COPY else ""
         share = f"{found[COPY] / seconds:.0%}" if COPY in found else ""
         print(
             f"{name:<16}{seconds * 1e3:>10.3f}{nbytes / seconds / 1e9:>9.2f}{rate:>10}"
-            f"{seconds / best:>9.2f}{share:>9}"
+            f"{seconds / best:>9.2f}{share:>9}  {ratio}"
         )
