@@ -19,7 +19,7 @@ namespace {
 
 // What all threads share of the activations, in the order of the inner loop.
 // Rows of the weight, transposed, between where codes are asked for and where they are used.
-constexpr int kAhead = 16;
+constexpr int kAhead = 8;
 
 constexpr int64_t kActivationBytes = int64_t{5} << 20;  // for each thread
 
@@ -60,12 +60,8 @@ class Multiplier {
   static constexpr int kPlanes = Format::kPlanes;
   static constexpr int kPair = Format::kPair;
 
-  // Activations that stay in the L2 cache as a whole. Then all chunks of a group of rows are read
-  // one after another; otherwise one chunk of many rows, which reads activations less often.
-  static constexpr int64_t kCachedBytes = 768 * 1024;
-
   // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
-  static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kBlock = kTransposed ? 512 : 256;
   static constexpr int64_t kWeights =
       kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
 
@@ -81,7 +77,6 @@ class Multiplier {
     activation_plane_ = chunks_ * chunk_elements_;
     const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
     output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
-    if (!kTransposed && bytes_of(activation_plane_) <= kCachedBytes) output_step_ = Format::kGroup;
     sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
     sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
   }

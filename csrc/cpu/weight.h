@@ -9,11 +9,10 @@
 namespace qlora {
 
 // Asks for a cache line ahead of its use, where it need not exist. To the second-level cache: the
-// first one keeps track of fewer requests at a time than it takes to read at full speed. (gcc takes
-// functions that only prefetch for functions without effect, and drops calls that it does not
-// inline at once.)
-__attribute__((always_inline)) inline void prefetch(const void* address) {
+// first one keeps track of fewer requests at a time than it takes to read at full speed.
+inline void prefetch(const void* address) {
   __builtin_prefetch(address, 0, 2);
+  asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
 }
 
 // The scale of each block: a float, or a code of 8 bits that is restored in two roundings.
@@ -31,7 +30,7 @@ struct Scales {
     return nested_codebook[code] * nested_absmax[block / kNestedBlock] + offset;
   }
 
-  __attribute__((always_inline)) void prefetch_blocks(int64_t first, int64_t count) const {
+  void prefetch_blocks(int64_t first, int64_t count) const {
     const int64_t size = nested_absmax == nullptr ? sizeof(float) : sizeof(uint8_t);
     const char* start = static_cast<const char*>(absmax) + first * size;
     for (int64_t byte = 0; byte < count * size; byte += 64) prefetch(start + byte);
@@ -83,8 +82,7 @@ inline Floats rounded<float>(Floats x) {
 
 // Asks for the codes and scales of a part of a row ahead of their use: parts of rows lie too far
 // from one another for a processor to see what comes next. Outside the weight nothing happens.
-__attribute__((always_inline)) inline void prefetch_row(const Weight& weight, int64_t row,
-                                                        int64_t begin, int64_t count) {
+inline void prefetch_row(const Weight& weight, int64_t row, int64_t begin, int64_t count) {
   if (row >= weight.rows || begin >= weight.columns) return;
   const int64_t position = row * weight.columns + begin;
   const int64_t first = weight.block_of(position), last = weight.block_of(position + count - 1);
