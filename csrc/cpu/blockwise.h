@@ -33,8 +33,8 @@ void for_each_block(int64_t n, int64_t block_size, [[maybe_unused]] int threads,
   }
 }
 
-// Asks for what the loop over an array will want some blocks later, so that memory works on while
-// the processor computes. What would lie behind the end of the array is not read, only asked for.
+// Asks for what the loop over an array will read or write some blocks later, so that memory works
+// on while the processor computes. Behind the array's end this reads nothing: it only asks.
 template <typename Value>
 void read_ahead(const Value* x) {
   constexpr uintptr_t kDistance = 8192;  // bytes
