@@ -1,21 +1,34 @@
 // 4-bit codes to values: scale the 16 levels once a block, then look up two values a byte.
 
-#include "blockwise.h"
+#include "large_output.h"
+#include "nibbles.h"
+#include "parts.h"
 
 namespace qlora {
 namespace {
 
+constexpr int64_t kStreamAlignment = 64;
+
+// Whether every vector that is written starts at a multiple of its size.
 template <typename Value>
-void dequantize_block(const uint8_t* packed, int64_t count, float absmax, const float* codebook,
-                      Value* y) {
-  // Sixteen products and roundings a block instead of one a value, with the same results.
-  Value scaled[16];
-  for (int code = 0; code < 16; ++code) scaled[code] = from_float<Value>(codebook[code] * absmax);
-  for (int64_t i = 0; i < count / 2; ++i) {
-    y[2 * i] = scaled[packed[i] >> 4];
-    y[2 * i + 1] = scaled[packed[i] & 15];
-  }
-  if (count % 2) y[count - 1] = scaled[packed[count / 2] >> 4];
+bool can_stream(const Value* y, int64_t block_size) {
+  return reinterpret_cast<uintptr_t>(y) % kStreamAlignment == 0 &&
+         block_size * sizeof(Value) % kStreamAlignment == 0;
+}
+
+template <bool kStream, typename Value>
+void dequantize(const uint8_t* packed, const float* absmax, const float* codebook,
+                int64_t block_size, int64_t n, Value* y, int threads) {
+  for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t start = block * block_size;
+      const ScaledLevels<Value> levels(codebook, absmax[block]);
+      // Blocks are even, so each starts with a byte of its own.
+      restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start),
+                             y + start);
+    }
+    if (kStream) fence_streams();
+  });
 }
 
 }  // namespace
@@ -24,11 +37,17 @@ int dequantize_4bit(const uint8_t* packed, const float* absmax, const float* cod
                     int64_t block_size, int64_t n, void* y, int dtype, int threads) {
   if (is_bad_size(n, block_size, threads)) return kBadSize;
   return with_dtype(dtype, [&](auto type) {
-    auto* values = static_cast<decltype(type)*>(y);
-    for_each_block(n, block_size, threads, [&](int64_t block, int64_t start, int64_t count) {
-      // Blocks are even, so each starts with a byte of its own.
-      dequantize_block(packed + start / 2, count, absmax[block], codebook, values + start);
-    });
+    using Value = decltype(type);
+    auto* values = static_cast<Value*>(y);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(Value));
+    // The kernel has just zeroed a fresh page: it is in the caches, and stays there until it is
+    // written. Whatever else is large would only pass through them, and be read first.
+    const bool is_fresh = prepare_fresh(y, bytes);
+    if (!is_fresh && bytes >= kLargeOutput && can_stream(values, block_size)) {
+      dequantize<true>(packed, absmax, codebook, block_size, n, values, threads);
+    } else {
+      dequantize<false>(packed, absmax, codebook, block_size, n, values, threads);
+    }
     return kOk;
   });
 }

@@ -1,34 +1,116 @@
 // Values to 4-bit codes: a block's absmax, the nearest of 16 levels, two codes a byte.
 
-#include "blockwise.h"
+#include "large_output.h"
+#include "levels_16.h"
+#include "parts.h"
 
 namespace qlora {
 namespace {
 
-// positions[i] = the number of thresholds below values[i]. With 15 of them, comparing with all
-// beats a search: vectors of values go through without look-ups.
-void count_thresholds_below(const Decisions<16>& decisions, const float* values,
-                            int32_t* positions) {
-  for (int i = 0; i < kChunk; ++i) {
-    int32_t position = 0;
-    for (int k = 0; k < 15; ++k) position += values[i] > decisions.thresholds[k];
-    positions[i] = position;
+// The values' bits without their signs, which are ordered as the magnitudes are; NaN lies above
+// infinity and is let through.
+template <typename Value>
+Ints magnitude_bits(const Value* x) {
+  Ints bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return bits & broadcast(sizeof(Value) == 2 ? 0x7fff7fff : 0x7fffffff);
+}
+
+// As largest_magnitude, in vectors of 16-bit values that need not be widened.
+template <typename Value>
+float block_absmax(const Value* x, int64_t count) {
+  constexpr int kWidth = sizeof(Ints) / sizeof(Value);
+  constexpr bool kIsNarrow = sizeof(Value) == 2;
+  Ints most = broadcast(0);
+  for (; count >= kWidth; count -= kWidth, x += kWidth) {
+    const Ints bits = magnitude_bits(x);
+    most = kIsNarrow ? larger_words(most, bits) : larger(most, bits);
+  }
+  if (count > 0) {
+    Value last[kWidth] = {};
+    std::memcpy(last, x, count * sizeof(Value));
+    const Ints bits = magnitude_bits(last);
+    most = kIsNarrow ? larger_words(most, bits) : larger(most, bits);
+  }
+  if constexpr (kIsNarrow) {
+    const int32_t bits = largest(larger(most & broadcast(0xffff), shift_right(most, 16)));
+    return to_float(Value{static_cast<uint16_t>(bits)});
+  } else {
+    return float_of(static_cast<uint32_t>(largest(most)));
   }
 }
 
-template <typename Value>
-void quantize_chunk(const Value* x, int count, float absmax, const Decisions<16>& decisions,
-                    uint8_t zero, uint8_t* packed) {
-  float normalised[kChunk] = {};  // a short chunk is filled up with zeros
-  int32_t positions[kChunk];
-  normalise(x, count, absmax, normalised);
-  count_thresholds_below(decisions, normalised, positions);
-  for (int i = 0; i < count / 2; ++i) {
-    const int high = decisions.codes[positions[2 * i]];
-    const int low = decisions.codes[positions[2 * i + 1]];
-    packed[i] = static_cast<uint8_t>(high << 4 | low);
+// kVectors vectors at a time, then half as many.
+template <int kVectors, typename Value, typename Code>
+inline void quantize_vectors(const Value* x, int64_t count, Code code, uint8_t* packed) {
+  constexpr int kStep = kVectors * kLanes;
+  for (; count >= kStep; count -= kStep, x += kStep, packed += kStep / 2) {
+    Ints codes[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) codes[i] = code(load(x + i * kLanes));
+    pack_codes(codes, packed);
   }
-  if (count % 2) packed[count / 2] = decisions.codes[positions[count - 1]] << 4 | zero;
+  if constexpr (kVectors > 1) {
+    quantize_vectors<kVectors / 2>(x, count, code, packed);
+  } else if (count > 0) {
+    const Ints codes[1] = {code(load_first(x, static_cast<int>(count)))};
+    uint8_t last[kLanes / 2];
+    pack_codes(codes, last);
+    std::memcpy(packed, last, (count + 1) / 2);
+  }
+}
+
+// Where the reciprocal overflows a quotient keeps the block's shape; a block of zeros stays zero.
+// NaN and infinity come here too: no value but NaN and zero is left of them.
+template <typename Value>
+__attribute__((noinline)) void quantize_special_block(const Value* x, int64_t count, float absmax,
+                                                      const AnyLevel& any, uint8_t* packed) {
+  const Floats divisor = broadcast(absmax == 0.0f ? 1.0f : absmax);
+  quantize_vectors<4>(x, count, [&](Floats values) { return any.code(values / divisor); }, packed);
+}
+
+template <typename Value, typename Nearest>
+void quantize_block(const Value* x, int64_t count, float absmax, const Nearest& nearest,
+                    const AnyLevel& any, uint8_t* packed) {
+  const float reciprocal = 1.0f / absmax;
+  if (!(reciprocal > 0.0f) || std::isinf(reciprocal)) {
+    return quantize_special_block(x, count, absmax, any, packed);
+  }
+  const Floats factor = broadcast(reciprocal);
+  quantize_vectors<4>(
+      x, count, [&](Floats values) { return nearest.code(values * factor); }, packed);
+}
+
+// Asks for values ahead of their use: while others are quantised.
+template <typename Value>
+void prefetch_values(const Value* x, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Value);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(x + i);
+}
+
+// Values whose scales are found before they are quantised: blocks then do not wait for their own
+// scale, and the values are still in the L1 cache.
+constexpr int64_t kGroupValues = 4096;
+
+template <typename Value, typename Nearest>
+void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel& any,
+              int64_t block_size, uint8_t* packed, float* absmax, int threads) {
+  const int64_t group = std::max(kGroupValues / block_size, int64_t{1});
+  for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
+    for (int64_t begin = first; begin < last; begin += group) {
+      const int64_t end = std::min(begin + group, last);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t start = block * block_size;
+        absmax[block] = block_absmax(x + start, std::min(block_size, n - start));
+      }
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t start = block * block_size, count = std::min(block_size, n - start);
+        const int64_t ahead = start + group * block_size;
+        if (ahead < n) prefetch_values(x + ahead, std::min(block_size, n - ahead));
+        quantize_block(x + start, count, absmax[block], nearest, any, packed + start / 2);
+      }
+    }
+  });
 }
 
 // The lowest code of the level 0 fills up the last byte after an odd number of values.
@@ -43,17 +125,14 @@ int quantize_4bit(const void* x, int dtype, int64_t n, const float* codebook, in
                   uint8_t* packed, float* absmax, int threads) {
   if (is_bad_size(n, block_size, threads)) return kBadSize;
   const Decisions<16> decisions(codebook);
-  const uint8_t zero = code_of_zero(codebook);
+  const AnyLevel any(Thresholds(decisions.thresholds), decisions.codes);
+  prepare_fresh(packed, n / 2);
   return with_dtype(dtype, [&](auto type) {
     const auto* values = static_cast<const decltype(type)*>(x);
-    for_each_block(n, block_size, threads, [&](int64_t block, int64_t start, int64_t count) {
-      const float largest = largest_magnitude(values + start, count);
-      absmax[block] = largest;
-      for (int64_t i = start; i < start + count; i += kChunk) {
-        const int size = static_cast<int>(std::min<int64_t>(kChunk, start + count - i));
-        quantize_chunk(values + i, size, largest, decisions, zero, packed + i / 2);
-      }
+    with_nearest_level(decisions, [&](const auto& nearest) {
+      quantize(values, n, nearest, any, block_size, packed, absmax, threads);
     });
+    if (n % 2 != 0) packed[n / 2] = (packed[n / 2] & 0xf0) | code_of_zero(codebook);
     return kOk;
   });
 }

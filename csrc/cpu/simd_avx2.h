@@ -46,6 +46,9 @@ inline Ints ranks_of(Floats x) {
   return _mm256_xor_si256(bits, _mm256_srli_epi32(is_negative, 1));
 }
 
+// Each lane holds two numbers of 16 bits.
+inline Ints larger_words(Ints a, Ints b) { return _mm256_max_epi16(a, b); }
+
 inline int32_t largest(Ints x) {
   __m128i half = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b1110));
@@ -63,6 +66,12 @@ inline Ints look_up(const int32_t* table, Ints indices) {
 
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm256_permutevar8x32_ps(x, lanes); }
+
+// count + amount in the lanes in which x is above the threshold.
+inline Ints add_where_above(Ints count, int32_t amount, Floats x, Floats threshold) {
+  const Ints is_above = bits_of(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));
+  return _mm256_add_epi32(count, _mm256_and_si256(is_above, broadcast(amount)));
+}
 
 inline float sum(Floats x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -83,6 +92,20 @@ inline void store(uint8_t* y, Ints x) {
   const Ints joined = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm256_castsi256_si128(joined));
 }
+
+// Writes a vector; past the caches when kStream: y is aligned to a vector then, and fence_streams
+// follows.
+template <bool kStream>
+void put(void* y, Ints x) {
+  if (kStream) {
+    _mm256_stream_si256(static_cast<Ints*>(y), x);
+  } else {
+    _mm256_storeu_si256(static_cast<Ints*>(y), x);
+  }
+}
+
+// Makes what was streamed visible to other threads before what is written later.
+inline void fence_streams() { _mm_sfence(); }
 
 inline Floats load(const Bfloat16* x) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));

@@ -48,6 +48,9 @@ inline Ints ranks_of(Floats x) {
   return _mm512_ternarylogic_epi32(bits, is_negative, magnitude, 0xf0 ^ (0xcc & 0xaa));
 }
 
+// Each lane holds two numbers of 16 bits.
+inline Ints larger_words(Ints a, Ints b) { return _mm512_max_epi16(a, b); }
+
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
 
 // Lane i is table[indices[i]].
@@ -61,6 +64,25 @@ inline Ints look_up(const int32_t* table, Ints indices) {
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm512_permutexvar_ps(lanes, x); }
 
+// a * b + c, rounded down once.
+inline Floats multiply_add_down(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_round_ps(a, b, c, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+
+// Lane i is the lanes[i]-th of 32 lanes; only 5 bits of the index count.
+inline Floats pick_of_32(const Floats (&x)[2], Ints lanes) {
+  return _mm512_permutex2var_ps(x[0], lanes, x[1]);
+}
+inline Ints pick_of_32(const Ints (&x)[2], Ints lanes) {
+  return _mm512_permutex2var_epi32(x[0], lanes, x[1]);
+}
+
+// count + amount in the lanes in which x is above the threshold.
+inline Ints add_where_above(Ints count, int32_t amount, Floats x, Floats threshold) {
+  const __mmask16 is_above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(count, is_above, count, broadcast(amount));
+}
+
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
@@ -73,6 +95,20 @@ inline Ints load(const uint8_t* x) {
 inline void store(uint8_t* y, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(x));
 }
+
+// Writes a vector; past the caches when kStream: y is aligned to a vector then, and fence_streams
+// follows.
+template <bool kStream>
+void put(void* y, Ints x) {
+  if (kStream) {
+    _mm512_stream_si512(static_cast<Ints*>(y), x);
+  } else {
+    _mm512_storeu_si512(y, x);
+  }
+}
+
+// Makes what was streamed visible to other threads before what is written later.
+inline void fence_streams() { _mm_sfence(); }
 
 inline Floats load(const Bfloat16* x) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));

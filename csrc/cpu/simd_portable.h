@@ -49,6 +49,13 @@ inline Ints ranks_of(Floats x) {
   return bits ^ shift_right(bits >> 31, 1);
 }
 
+// Each lane holds two numbers of 16 bits.
+inline Ints larger_words(Ints a, Ints b) {
+  typedef int16_t Words __attribute__((vector_size(16)));
+  const Words first = reinterpret_cast<Words>(a), second = reinterpret_cast<Words>(b);
+  return reinterpret_cast<Ints>(first > second ? first : second);
+}
+
 inline int32_t largest(Ints x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 
 // Lane i is table[indices[i]].
@@ -65,6 +72,9 @@ inline Floats pick_lanes(Floats x, Ints lanes) {
 }
 
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+// Nothing is streamed here (ScaledLevels in nibbles.h).
+inline void fence_streams() {}
 
 template <typename Value>
 Floats load(const Value* x) {

@@ -1,0 +1,312 @@
+// Codes of 4 bits, two a byte, the even one high: packing them, and restoring what they stand for.
+
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace qlora {
+
+#if defined(__AVX512BW__)
+
+// Sixteen floats, looked up by the lowest 4 bits of each lane.
+class Table16 {
+ public:
+  explicit Table16(const float* entries) : entries_(load(entries)) {}
+  Floats operator[](Ints index) const { return pick_lanes(entries_, index); }
+
+ private:
+  Floats entries_;
+};
+
+// Each 64-bit lane holds 4 bytes: the first ones of all lanes, then the second ones, and so on.
+inline __m256i gather_bytes(Ints x) {
+  const Ints in_quarters = _mm512_shuffle_epi8(
+      x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0)));
+  const Ints order = _mm512_castsi256_si512(
+      _mm256_setr_epi16(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(order, in_quarters));
+}
+
+// A byte becomes two lanes or words, its even code first. What stands above the lowest 4 bits of a
+// lane, or 5 of a word, is ignored when it is looked up.
+inline Ints spread_to_lanes(const uint8_t* packed) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+  const Ints wide = _mm512_cvtepu8_epi64(bytes);
+  return _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+}
+
+inline Ints spread_to_words(const uint8_t* packed) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const Ints wide = _mm512_cvtepu8_epi32(bytes);
+  return _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+}
+
+inline __m256i round_to(Floats x, Bfloat16) { return round_to_bfloat16(x); }
+inline __m256i round_to(Floats x, Float16) { return round_to_float16(x); }
+
+// What the sixteen codes of a block stand for: one product and one rounding each.
+template <typename Value>
+class ScaledLevels {
+ public:
+  static constexpr int kVector = 32;
+
+  ScaledLevels(const float* codebook, float scale)
+      : levels_(_mm512_broadcast_i64x4(round_to(load(codebook) * broadcast(scale), Value{}))) {}
+
+  // y[i] = what the i-th of kVector codes stands for.
+  template <bool kStream>
+  void restore(const uint8_t* packed, Value* y) const {
+    put<kStream>(y, _mm512_permutexvar_epi16(spread_to_words(packed), levels_));
+  }
+
+ private:
+  Ints levels_;  // twice
+};
+
+template <>
+class ScaledLevels<float> {
+ public:
+  static constexpr int kVector = 16;
+
+  ScaledLevels(const float* codebook, float scale) : levels_(load(codebook) * broadcast(scale)) {}
+
+  template <bool kStream>
+  void restore(const uint8_t* packed, float* y) const {
+    put<kStream>(y, bits_of(pick_lanes(levels_, spread_to_lanes(packed))));
+  }
+
+ private:
+  Floats levels_;
+};
+
+#elif defined(__AVX2__)
+
+// Sixteen floats, looked up by the lowest 4 bits of each lane.
+class Table16 {
+ public:
+  explicit Table16(const float* entries) : low_(load(entries)), high_(load(entries + kLanes)) {}
+
+  // A permutation looks at 3 bits of a lane; the fourth, moved to the sign, chooses the half.
+  Floats operator[](Ints index) const {
+    const Floats is_high = float_of(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(pick_lanes(low_, index), pick_lanes(high_, index), is_high);
+  }
+
+ private:
+  Floats low_, high_;
+};
+
+// Each 64-bit lane holds 4 bytes: the first ones of all lanes, then the second ones, and so on.
+inline __m128i gather_bytes(Ints x) {
+  const Ints in_halves = _mm256_shuffle_epi8(
+      x,
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0)));
+  return _mm_unpacklo_epi16(_mm256_castsi256_si128(in_halves),
+                            _mm256_extracti128_si256(in_halves, 1));
+}
+
+inline Ints spread_to_lanes(const uint8_t* packed) {
+  int32_t bytes;
+  std::memcpy(&bytes, packed, sizeof bytes);
+  const Ints wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+  return _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));
+}
+
+inline __m128i round_to(Floats x, Bfloat16) { return round_to_bfloat16(x); }
+inline __m128i round_to(Floats x, Float16) { return round_to_float16(x); }
+
+// What the sixteen codes of a block stand for: one product and one rounding each. A shuffle looks
+// up bytes, so that the lower and the upper bytes of the levels are tables of their own.
+template <typename Value>
+class ScaledLevels {
+ public:
+  static constexpr int kVector = 32;
+
+  ScaledLevels(const float* codebook, float scale) {
+    const __m128i first = round_to(load(codebook) * broadcast(scale), Value{});
+    const __m128i last = round_to(load(codebook + kLanes) * broadcast(scale), Value{});
+    const __m128i mask = _mm_set1_epi16(0xff);
+    low_ = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_and_si128(first, mask), _mm_and_si128(last, mask)));
+    high_ = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(last, 8)));
+  }
+
+  // y[i] = what the i-th of kVector codes stands for.
+  template <bool kStream>
+  void restore(const uint8_t* packed, Value* y) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    // To words, in the order that puts the values in order when bytes are interleaved below, which
+    // happens in each half of a vector.
+    const Ints order = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, -1, 4,
+                                        -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1);
+    const Ints words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), order);
+    const Ints codes =
+        _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(words, 4), _mm256_slli_epi16(words, 8)),
+                         _mm256_set1_epi8(15));
+    const Ints low = _mm256_shuffle_epi8(low_, codes), high = _mm256_shuffle_epi8(high_, codes);
+    put<kStream>(y, _mm256_unpacklo_epi8(low, high));
+    put<kStream>(y + 16, _mm256_unpackhi_epi8(low, high));
+  }
+
+ private:
+  Ints low_, high_;
+};
+
+template <>
+class ScaledLevels<float> {
+ public:
+  static constexpr int kVector = 8;
+
+  ScaledLevels(const float* codebook, float scale)
+      : low_(load(codebook) * broadcast(scale)),
+        high_(load(codebook + kLanes) * broadcast(scale)) {}
+
+  // A permutation looks at 3 bits of a lane; the fourth, moved to the sign, chooses the table.
+  template <bool kStream>
+  void restore(const uint8_t* packed, float* y) const {
+    const Ints codes = spread_to_lanes(packed);
+    const Floats is_high = float_of(_mm256_slli_epi32(codes, 28));
+    put<kStream>(
+        y, bits_of(_mm256_blendv_ps(pick_lanes(low_, codes), pick_lanes(high_, codes), is_high)));
+  }
+
+ private:
+  Floats low_, high_;
+};
+
+#else
+
+// Sixteen floats, looked up by the lowest 4 bits of each lane.
+class Table16 {
+ public:
+  explicit Table16(const float* entries) { std::copy(entries, entries + 16, entries_); }
+  Floats operator[](Ints index) const {
+    return Floats{entries_[index[0] & 15], entries_[index[1] & 15], entries_[index[2] & 15],
+                  entries_[index[3] & 15]};
+  }
+
+ private:
+  float entries_[16];
+};
+
+// Each 64-bit lane holds 4 bytes: the first ones of both lanes, then the second ones, and so on.
+inline uint64_t gather_bytes(Ints x) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Bytes bytes = reinterpret_cast<Bytes>(x);
+  const Bytes order = {0, 8, 1, 9, 2, 10, 3, 11};
+  const Bytes gathered = __builtin_shuffle(bytes, order);
+  uint64_t first;
+  std::memcpy(&first, &gathered, sizeof first);
+  return first;
+}
+
+#if defined(__ARM_NEON)
+
+// What the sixteen codes of a block stand for: one product and one rounding each. The processor
+// looks up bytes in tables of sixteen: the first bytes of the levels are one, and so on.
+template <typename Value>
+class ScaledLevels {
+ public:
+  static constexpr int kVector = 32;
+
+  ScaledLevels(const float* codebook, float scale) {
+    Value levels[16];
+    for (int code = 0; code < 16; ++code) levels[code] = from_float<Value>(codebook[code] * scale);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(levels);
+    if constexpr (sizeof(Value) == 4) {
+      tables_ = vld4q_u8(bytes);
+    } else {
+      tables_ = vld2q_u8(bytes);
+    }
+  }
+
+  // y[i] = what the i-th of kVector codes stands for.
+  template <bool>
+  void restore(const uint8_t* packed, Value* y) const {
+    const uint8x16_t bytes = vld1q_u8(packed);
+    const uint8x16_t even = vshrq_n_u8(bytes, 4), odd = vandq_u8(bytes, vdupq_n_u8(15));
+    look_up(vzip1q_u8(even, odd), y);
+    look_up(vzip2q_u8(even, odd), y + 16);
+  }
+
+ private:
+  void look_up(uint8x16_t codes, Value* y) const {
+    Tables found;
+    for (size_t i = 0; i < sizeof(Value); ++i) found.val[i] = vqtbl1q_u8(tables_.val[i], codes);
+    if constexpr (sizeof(Value) == 4) {
+      vst4q_u8(reinterpret_cast<uint8_t*>(y), found);
+    } else {
+      vst2q_u8(reinterpret_cast<uint8_t*>(y), found);
+    }
+  }
+
+  using Tables = std::conditional_t<sizeof(Value) == 4, uint8x16x4_t, uint8x16x2_t>;
+  Tables tables_;
+};
+
+#else
+
+// What the sixteen codes of a block stand for: one product and one rounding each.
+template <typename Value>
+class ScaledLevels {
+ public:
+  static constexpr int kVector = 2;
+
+  ScaledLevels(const float* codebook, float scale) {
+    for (int code = 0; code < 16; ++code) levels_[code] = from_float<Value>(codebook[code] * scale);
+  }
+
+  // y[i] = what the i-th of kVector codes stands for.
+  template <bool>
+  void restore(const uint8_t* packed, Value* y) const {
+    y[0] = levels_[*packed >> 4];
+    y[1] = levels_[*packed & 15];
+  }
+
+ private:
+  Value levels_[16];
+};
+
+#endif
+#endif
+
+// Packs kVectors vectors of codes, one a lane.
+template <int kVectors>
+void pack_codes(const Ints (&codes)[kVectors], uint8_t* packed) {
+  static_assert(kVectors <= 4, "four bytes fit below 32 bits");
+  typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
+  Pairs bytes = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) {
+    const Pairs pair = reinterpret_cast<Pairs>(codes[i]);  // the even code in the lower half
+    bytes |= pair << (8 * i + 4) | pair >> (32 - 8 * i);
+  }
+  const auto gathered = gather_bytes(reinterpret_cast<Ints>(bytes));
+  std::memcpy(packed, &gathered, kVectors * kLanes / 2);
+}
+
+// y[i] = what the i-th of `count` codes stands for; they begin with a whole byte.
+template <bool kStream = false, typename Value>
+void restore_codes(const ScaledLevels<Value>& levels, const uint8_t* packed, int64_t count,
+                   Value* y) {
+  constexpr int kVector = ScaledLevels<Value>::kVector;
+  int64_t i = 0;
+  for (; i + kVector <= count; i += kVector) {
+    levels.template restore<kStream>(packed + i / 2, y + i);
+  }
+  if (i == count) return;
+  uint8_t last[kVector / 2] = {};
+  Value restored[kVector];
+  std::memcpy(last, packed + i / 2, (count - i + 1) / 2);
+  levels.template restore<false>(last, restored);
+  std::memcpy(y + i, restored, (count - i) * sizeof(Value));
+}
+
+}  // namespace qlora
