@@ -9,7 +9,8 @@ import torch
 from compare import DTYPES, assert_same_bits, define_dequantize, normal, random_bytes
 from torch import Tensor
 
-from qlora_ref import codebooks
+from qlora_ref import codebooks, native
+from qlora_ref.dispatch import force_backend
 from qlora_ref.ops import dequantize_4bit
 
 OPERATION = "dequantize_4bit"
@@ -134,6 +135,24 @@ def test_result_is_a_new_tensor(device: str) -> None:
     before = first.clone()
     dequantize_4bit(*tensors, 64, (64,)).zero_()
     assert_same_bits(first, before)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("block_size", [64, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
+    isa: str, dtype: torch.dtype, block_size: int, offset: int
+) -> None:
+    n = 2**21 + 35  # more than 4 MiB: written past the caches where that can be
+    packed, absmax = quantised((n,), block_size)
+    buffer = torch.full((n + 3,), 7.0, dtype=dtype)
+    y = buffer[offset : offset + n]
+    operations = native.load("cpu", OPERATION, isa).__self__
+    operations._dequantize(OPERATION, packed, absmax, NF4, block_size, y)
+    with force_backend("reference"):
+        expected = dequantize_4bit(packed, absmax, NF4, block_size, (n,), dtype)
+    assert_same_bits(y, expected)
+    assert (buffer[:offset] == 7).all() and (buffer[offset + n :] == 7).all()
 
 
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 
@@ -144,6 +145,40 @@ def test_one_reciprocal_a_block_decides_on_the_edge(name: str, device: str) -> N
     absmaxes = normal(40, seed=11).abs().tolist()
     x = values_on_the_edge(TABLES[name], absmaxes, 64)
     assert_is_defined(x, TABLES[name], 64, device)
+
+
+# Thresholds too close together, or levels too large, for a division of -1 to 1 into equal cells.
+UNEVEN = {
+    "crowded": (torch.arange(16) - 7) / 100,
+    "wide": (torch.arange(16) - 7) / 3,
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, *UNEVEN])
+def test_every_neighbour_of_a_threshold_is_on_its_side(name: str, device: str) -> None:
+    table = (TABLES | UNEVEN)[name]
+    thresholds = np.array(define_thresholds(list(table.numpy()))[1], dtype=np.float32)
+    ulps = np.arange(-64, 65, dtype=np.int32)
+    near = (thresholds.view(np.int32)[:, None] + ulps).view(np.float32).flatten()
+    near = near[np.abs(near) <= 1]
+    # The absmax of the only block is 1: its values are compared as they are.
+    x = torch.from_numpy(np.concatenate([near, np.ones(1, dtype=np.float32)]))
+    assert_is_defined(x, table, 4096, device)
+
+
+@functools.cache
+def every_value(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """All 65536 numbers of 16 bits, NaN and infinities among them; their codes and scales."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    return x, *define_quantize(x, NF4, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_16_bits_matches_the_definition(dtype: torch.dtype, device: str) -> None:
+    x, expected_packed, expected_absmax = every_value(dtype)
+    packed, absmax = quantize(x, NF4, 64, device, check_finite=False)
+    assert_same_bits(absmax, expected_absmax)
+    assert_same_bits(packed, expected_packed)
 
 
 def test_tiny_blocks_keep_their_shape(device: str) -> None:
