@@ -1,0 +1,298 @@
+// Products with many tokens: parts of the weight that fit the cache are restored and multiplied.
+//
+// Forward and transposed products are both sums of rows times lanes (tiles.h). Forward, rows are
+// the weight's own and lanes are tokens; transposed, rows are tokens and lanes are the weight's
+// columns. Either way a part of the weight is restored row by row, which is how it is stored.
+
+#pragma once
+
+#include <algorithm>
+
+#include "format_bfloat16.h"
+#include "format_float.h"
+#include "product.h"
+#include "scratch.h"
+#include "transpose.h"
+
+namespace qlora {
+
+// Tokens that are worked on at a time: as many as fit into 4 MiB for each thread, in the order of
+// the inner loop, and no more than this. With the weights and the sums that a thread needs besides,
+// that stays below 8 MiB for each thread.
+constexpr int64_t kMostTokens = 1024;
+constexpr int64_t kActivationBytes = int64_t{4} << 20;
+
+// Rows of the weight, transposed, between where codes are asked for and where they are used.
+constexpr int kAhead = 8;
+
+// `rows` rows of `depth` values; zeros fill rows up to `padded_rows` and the depth up to a multiple
+// of kStep.
+template <typename Format, typename Value>
+void pack_rows(const Value* x, int64_t x_stride, int64_t rows, int64_t padded_rows, int depth,
+               typename Format::Element* out, int64_t plane) {
+  const int64_t padded = round_up(depth, Format::kStep);
+  for (int64_t row = 0; row < padded_rows; ++row, out += Format::kRowStride) {
+    const int64_t used = row < rows ? depth : 0;
+    if (used > 0) Format::convert(x + row * x_stride, used, out, plane);
+    for (int p = 0; p < Format::kPlanes; ++p) {
+      std::fill(out + p * plane + used, out + p * plane + padded, 0);
+    }
+  }
+}
+
+// Turns kLanes rows into a panel. A pair of bfloat16 is moved as one float.
+template <typename Format>
+void rows_to_panel(const typename Format::Element* rows, int depth,
+                   typename Format::Element* panel) {
+  for (int k = 0; k < depth; k += kLanes * Format::kPair) {
+    Floats square[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      std::memcpy(&square[lane], rows + lane * Format::kRowStride + k, sizeof(Floats));
+    }
+    transpose(square);
+    std::memcpy(panel + k * kLanes, square, sizeof square);
+  }
+}
+
+template <typename Format, typename Value, bool kTransposed>
+class Multiplier {
+  using Element = typename Format::Element;
+  using Table = typename Format::Table;
+  static constexpr int kDepth = Format::kDepth;
+  static constexpr int kPlanes = Format::kPlanes;
+  static constexpr int kPair = Format::kPair;
+
+  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
+  static constexpr int64_t kBlock = kTransposed ? 512 : 256;
+  static constexpr int64_t kWeights =
+      kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
+
+ public:
+  Multiplier(const Product<Value>& product, int threads) : product_(product), threads_(threads) {
+    chunks_ = (product.depth + kDepth - 1) / kDepth;
+    const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
+    const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
+    const int64_t blocks = (product.tokens + most - 1) / most;
+    token_step_ = round_up((product.tokens + blocks - 1) / blocks, kLanes);
+    chunk_elements_ = kTransposed ? token_step_ * Format::kRowStride
+                                  : token_step_ / kLanes * Format::kPanelStride;
+    activation_plane_ = chunks_ * chunk_elements_;
+    const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
+    output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
+    sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
+    sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
+  }
+
+  Status run() {
+    static thread_local Scratch memory;
+    const int64_t shared = round_up(bytes_of(activation_plane_), kCacheLine);
+    const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4;  // of each thread
+    char* start = memory.reserve(shared + threads_ * own);
+    if (start == nullptr) return kNoMemory;
+    auto* activations = reinterpret_cast<Element*>(start);
+    for (int64_t token = 0; token < product_.tokens; token += token_step_) {
+      const int64_t tokens = std::min(token_step_, product_.tokens - token);
+#pragma omp parallel num_threads(threads_)
+      {
+        [[maybe_unused]] const TileShapes shapes;
+        pack_activations(token, tokens, activations);
+        char* weights = start + shared + thread_number() * own;
+        multiply_blocks(token, tokens, activations, reinterpret_cast<Element*>(weights),
+                        reinterpret_cast<float*>(weights + bytes_of(kWeights)));
+      }
+    }
+    return kOk;
+  }
+
+ private:
+  static int64_t bytes_of(int64_t plane) {
+    return plane * kPlanes * static_cast<int64_t>(sizeof(Element));
+  }
+
+  int depth_of(int64_t chunk) const {
+    return static_cast<int>(std::min<int64_t>(kDepth, product_.depth - chunk * kDepth));
+  }
+
+  // Chunk after chunk: rows of tokens, or panels of kLanes tokens.
+  void pack_activations(int64_t token, int64_t tokens, Element* activations) const {
+    const int64_t groups = (tokens + kLanes - 1) / kLanes;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < chunks_ * groups; ++item) {
+      const int64_t chunk = item / groups, group = item % groups;
+      const int64_t rows = std::min<int64_t>(kLanes, tokens - group * kLanes);
+      const int depth = depth_of(chunk);
+      const Value* x = product_.x + (token + group * kLanes) * product_.depth + chunk * kDepth;
+      Element* out = activations + chunk * chunk_elements_;
+      if constexpr (kTransposed) {
+        pack_rows<Format>(x, product_.depth, rows, kLanes, depth,
+                          out + group * kLanes * Format::kRowStride, activation_plane_);
+      } else {
+        Element staged[kPlanes][kLanes * Format::kRowStride];
+        pack_rows<Format>(x, product_.depth, rows, kLanes, depth, staged[0],
+                          kLanes * Format::kRowStride);
+        for (int p = 0; p < kPlanes; ++p) {
+          rows_to_panel<Format>(staged[p], depth,
+                                out + p * activation_plane_ + group * Format::kPanelStride);
+        }
+      }
+    }
+  }
+
+  void multiply_blocks(int64_t token, int64_t tokens, const Element* activations, Element* weights,
+                       float* sums) const {
+    const int64_t blocks = (product_.outputs + output_step_ - 1) / output_step_;
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * output_step_;
+      const int64_t outputs = std::min(output_step_, product_.outputs - first);
+      std::fill(sums, sums + sum_rows_ * sum_stride_, 0.0f);
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        const Element* x = activations + chunk * chunk_elements_;
+        if constexpr (kTransposed) {
+          add_columns(first, outputs, chunk, x, tokens, weights, sums);
+        } else {
+          add_rows(first, outputs, chunk, x, tokens, weights, sums);
+        }
+      }
+      write(token, tokens, first, outputs, sums);
+    }
+  }
+
+  // sums (outputs, tokens) += the weight's rows * panels of tokens, over a chunk of columns.
+  void add_rows(int64_t first, int64_t outputs, int64_t chunk, const Element* panels,
+                int64_t tokens, Element* weights, float* sums) const {
+    const int depth = depth_of(chunk);
+    const int padded = static_cast<int>(round_up(depth, Format::kStep));
+    for (int64_t group = 0; group < outputs; group += Format::kGroup) {
+      const int64_t rows = std::min<int64_t>(Format::kGroup, outputs - group);
+      for (int64_t row = 0; row < rows; ++row) {
+        Element* out = weights + row * Format::kRowStride;
+        prefetch_after(first, outputs, group, row, chunk);
+        decode_row<Table>(product_.weight, first + group + row, chunk * kDepth, depth, out,
+                          kWeights);
+        clear(out, depth, padded, kWeights);
+      }
+      Format::multiply(weights, kWeights, panels, activation_plane_,
+                       round_up(rows, Format::kRowStep), (tokens + kLanes - 1) / kLanes, padded,
+                       sums + group * sum_stride_, sum_stride_);
+    }
+  }
+
+  // Asks for what add_rows will want a group later: the same row of the next group, or of the first
+  // group in the next chunk.
+  void prefetch_after(int64_t first, int64_t outputs, int64_t group, int64_t row,
+                      int64_t chunk) const {
+    const bool is_last = group + Format::kGroup >= outputs;
+    const int64_t next = is_last ? first + row : first + group + Format::kGroup + row;
+    const int64_t begin = (is_last ? chunk + 1 : chunk) * kDepth;
+    prefetch_row(product_.weight, next, begin, kDepth);
+  }
+
+  // sums (tokens, outputs) += rows of tokens * panels of the weight's columns, over a chunk of
+  // rows.
+  void add_columns(int64_t first, int64_t outputs, int64_t chunk, const Element* rows,
+                   int64_t tokens, Element* weights, float* sums) const {
+    const int depth = depth_of(chunk);
+    const int padded = static_cast<int>(round_up(depth, Format::kStep));
+    const int64_t panels = (outputs + kLanes - 1) / kLanes;
+    const Weight& weight = product_.weight;
+    const bool is_aligned = weight.columns % Table::kVector == 0 &&
+                            weight.block_size % Table::kVector == 0 &&
+                            outputs % Table::kVector == 0;
+    for (int k = 0; k < padded; k += kPair) {
+      Element* out = weights + k * kLanes;
+      for (int i = 0; i < kPair; ++i) {
+        prefetch_row(weight, chunk * kDepth + k + i + kAhead, first, outputs);
+      }
+      if (is_aligned && k + kPair <= depth) {
+        restore_aligned(chunk * kDepth + k, first, outputs, out);
+      } else {
+        restore_any(chunk * kDepth + k, std::min(kPair, depth - k), first, outputs, out);
+      }
+    }
+    Format::multiply(rows, activation_plane_, weights, kWeights, round_up(tokens, Format::kRowStep),
+                     panels, padded, sums, sum_stride_);
+  }
+
+  // kPair rows of the weight into panels of its columns, where no vector crosses a block's end.
+  void restore_aligned(int64_t row, int64_t first, int64_t columns, Element* out) const {
+    const Weight& weight = product_.weight;
+    Table tables[kPair];
+    int64_t position[kPair], left[kPair] = {};
+    for (int i = 0; i < kPair; ++i) position[i] = (row + i) * weight.columns + first;
+    for (int64_t column = 0; column < columns; column += Table::kVector) {
+      const uint8_t* packed[kPair];
+      for (int i = 0; i < kPair; ++i) {
+        if (left[i] == 0) {
+          const int64_t block = weight.block_of(position[i] + column);
+          tables[i] = Table(weight.codebook, weight.scales[block]);
+          left[i] = (block + 1) * weight.block_size - (position[i] + column);
+        }
+        left[i] -= Table::kVector;
+        packed[i] = weight.packed + (position[i] + column) / 2;
+      }
+      Format::expand_panels(tables, packed, out, kWeights);
+      out += Table::kVector / kLanes * Format::kPanelStride;
+    }
+  }
+
+  // The same anywhere: `rows` of kPair rows are there, the others are zeros.
+  void restore_any(int64_t row, int rows, int64_t first, int64_t columns, Element* out) const {
+    Element staged[kPlanes][kPair * kBlock] = {};
+    for (int i = 0; i < rows; ++i) {
+      decode_row<Table>(product_.weight, row + i, first, columns, staged[0] + i * kBlock,
+                        kPair * kBlock);
+    }
+    for (int p = 0; p < kPlanes; ++p) {
+      for (int64_t column = 0; column < columns; column += kLanes) {
+        Format::interleave(staged[p] + column, kBlock,
+                           out + p * kWeights + column / kLanes * Format::kPanelStride);
+      }
+    }
+  }
+
+  static void clear(Element* row, int begin, int end, int64_t plane) {
+    if (begin == end) return;
+    for (int p = 0; p < kPlanes; ++p) std::fill(row + p * plane + begin, row + p * plane + end, 0);
+  }
+
+  // Adds the bias and rounds.
+  void write(int64_t token, int64_t tokens, int64_t first, int64_t outputs,
+             const float* sums) const {
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, tokens - t);
+      for (int64_t o = 0; o < outputs; o += kLanes) {
+        const int width = static_cast<int>(std::min<int64_t>(kLanes, outputs - o));
+        Floats square[kLanes];
+        const float* corner = sums + (kTransposed ? t * sum_stride_ + o : o * sum_stride_ + t);
+        const int64_t lines = kTransposed ? count : width;
+        for (int64_t line = 0; line < lines; ++line)
+          square[line] = load(corner + line * sum_stride_);
+        if constexpr (!kTransposed) transpose(square);
+        Value* y = product_.y + (token + t) * product_.outputs + first + o;
+        write_square(square, count, width, product_.bias ? product_.bias + first + o : nullptr, y);
+      }
+    }
+  }
+
+  void write_square(const Floats* square, int64_t rows, int width, const Value* bias,
+                    Value* y) const {
+    Floats added = broadcast(0.0f);
+    if (bias != nullptr) added = width == kLanes ? load(bias) : load_first(bias, width);
+    for (int64_t row = 0; row < rows; ++row, y += product_.outputs) {
+      const Floats sum = bias == nullptr ? square[row] : square[row] + added;
+      if (width == kLanes) {
+        store(y, sum);
+      } else {
+        store_first(y, sum, width);
+      }
+    }
+  }
+
+  Product<Value> product_;
+  int threads_;
+  int64_t chunks_, token_step_, output_step_, chunk_elements_, activation_plane_, sum_rows_,
+      sum_stride_;
+};
+
+}  // namespace qlora
