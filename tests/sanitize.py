@@ -99,7 +99,8 @@ def check_addresses(
     if "AddressSanitizer: heap-buffer-overflow" not in seen.stderr:
         print(f"the address sanitizer reports nothing, though it should:\n{seen.stderr}")
         return 1
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--libraries={folder}"]
+    # The report is written past Python, by a process that ends with it.
+    command = [sys.executable, "-m", "pytest", "--capture=sys", f"--libraries={folder}"]
     return subprocess.run([*command, *arguments], env=environment, cwd=ROOT).returncode
 
 
