@@ -18,7 +18,7 @@ using BestSteps = FloatSteps;
 #elif defined(__AVX512BF16__)
 template <typename Value>
 using BestFormat =
-    std::conditional_t<kIsBfloat16<Value>, Bfloat16Format<Value>, FloatFormat<Value> >;
+    std::conditional_t<kIsBfloat16<Value>, Bfloat16Format<Value>, FloatFormat<Value>>;
 template <typename Value>
 using BestSteps = std::conditional_t<kIsBfloat16<Value>, PairSteps, FloatSteps>;
 #else
@@ -34,6 +34,23 @@ using BestSteps = FloatSteps;
 // AVX-512, AMX.
 template <typename Value>
 constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? kFew : 2 * kFew;
+
+// Tiles take numbers below 2^-126 for zero, and the last plane of a float is 2^-18 of it or less:
+// that a product keeps the accuracy of floats takes tokens well above.
+template <typename Value>
+bool has_tiny_token(const Product<Value>& product) {
+  for (int64_t token = 0; token < product.tokens; ++token) {
+    const float largest = largest_magnitude(product.x + token * product.depth, product.depth);
+    if (largest > 0 && largest < 0x1p-60f) return true;
+  }
+  return false;
+}
+
+template <typename Format, typename Value>
+Status multiply(const Product<Value>& product, bool transposed, int threads) {
+  if (transposed) return Multiplier<Format, Value, true>(product, threads).run();
+  return Multiplier<Format, Value, false>(product, threads).run();
+}
 
 }  // namespace
 
@@ -63,8 +80,10 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
     if (!transposed && tokens <= kFewest<Value> && FewTokens<Steps, Value>::fits(weight)) {
       return int{FewTokens<Steps, Value>(product, threads).run()};
     }
-    return int{transposed ? Multiplier<Format, Value, true>(product, threads).run()
-                          : Multiplier<Format, Value, false>(product, threads).run()};
+    if (Format::kPlanes > 1 && has_tiny_token(product)) {
+      return int{multiply<FloatFormat<Value>>(product, transposed, threads)};
+    }
+    return int{multiply<Format>(product, transposed, threads)};
   });
 }
 
