@@ -1,0 +1,129 @@
+"""matmul_4bit where kernels change their ways: few and many tokens, long rows, blocks, extremes.
+
+The expected values come from the scalar definition of the weight and a product in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import (
+    DTYPES,
+    Weight,
+    assert_error_at_most_twice_torch,
+    assert_same_bits,
+    define_matmul,
+    normal,
+    random_bytes,
+    random_weight,
+)
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qlora_ref.ops import dequantize_4bit, matmul_4bit
+
+OPERATION = "matmul_4bit"
+
+# Kernels take one to 16 tokens in registers, 16 to a panel, and up to 1024 at a time; depths in
+# chunks of 256, outputs in blocks of 256 or 512.
+FEW = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)
+MANY_TOKENS = 1030
+
+
+def large_weight(rows: int, columns: int, block_size: int) -> tuple[Weight, Tensor]:
+    """Random codes and scales, and the dense weight by the reference, which other tests check."""
+    n = rows * columns
+    absmax = normal(-(-n // block_size), seed=2).abs() + 0.1
+    layout = (normal(16, seed=1), block_size, (rows, columns))
+    weight = Weight(random_bytes((n + 1) // 2), absmax, *layout)
+    return weight, dequantize_4bit(weight.packed, absmax, *layout)
+
+
+def assert_is_accurate(
+    x: Tensor, weight: Weight, dense: Tensor, device: str, transposed: bool = False
+) -> None:
+    y = matmul_4bit(x.to(device), transposed=transposed, **weight.arguments(device))
+    by_torch = linear(x, (dense.t() if transposed else dense).to(x.dtype))
+    assert_error_at_most_twice_torch(y, by_torch, define_matmul(x, dense, None, transposed))
+
+
+@pytest.mark.parametrize("tokens", FEW)
+@pytest.mark.parametrize("columns", [64, 96, 416])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_tokens(dtype: torch.dtype, columns: int, tokens: int, device: str) -> None:
+    weight = random_weight(37, columns, 32)
+    assert_is_accurate(normal(tokens, columns, seed=3, dtype=dtype), weight, weight.dense(), device)
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 24, 128, 256, 4096])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_block_sizes(transposed: bool, block_size: int, device: str) -> None:
+    weight = random_weight(48, 256, block_size)
+    for tokens in (2, 20):
+        x = normal(tokens, 48 if transposed else 256, seed=3)
+        assert_is_accurate(x, weight, weight.dense(), device, transposed)
+
+
+@pytest.mark.parametrize("shape", [(70, 1100), (600, 530), (531, 301)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_chunks_and_blocks(
+    dtype: torch.dtype, transposed: bool, shape: tuple, device: str
+) -> None:
+    weight, dense = large_weight(*shape, 64)
+    for tokens in (1, 33):
+        x = normal(tokens, shape[0] if transposed else shape[1], seed=3, dtype=dtype)
+        assert_is_accurate(x, weight, dense, device, transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_tokens_than_are_worked_on_at_a_time(transposed: bool, device: str) -> None:
+    weight, dense = large_weight(40, 64, 64)
+    x = normal(MANY_TOKENS, 40 if transposed else 64, seed=3)
+    assert_is_accurate(x, weight, dense, device, transposed)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_number_of_threads_changes_no_bit(
+    transposed: bool, tokens: int, backend: str, device: str
+) -> None:
+    if backend == "reference":
+        pytest.skip("the reference multiplies in torch, which splits one token's sums by threads")
+    weight, _ = large_weight(300, 512, 64)
+    x, results = normal(tokens, 300 if transposed else 512, seed=3).to(device), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(matmul_4bit(x, transposed=transposed, **weight.arguments(device)))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+# The largest: its own remainders overflow where they are rounded without care.
+@pytest.mark.parametrize("size", [2.0**-120, 2.0**-70, 2.0**-40, 1.0, 2.0**100])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tokens_of_any_size_keep_their_accuracy(transposed: bool, size: float, device: str) -> None:
+    weight, dense = large_weight(64, 128, 64)
+    x = normal(20, 64 if transposed else 128, seed=3)
+    x[::2] *= size  # beside tokens of another size
+    assert_is_accurate(x[::2].contiguous(), weight, dense, device, transposed)
+    y = matmul_4bit(x.to(device), transposed=transposed, **weight.arguments(device))[::2].cpu()
+    exact = define_matmul(x[::2], dense, None, transposed)
+    assert_error_at_most_twice_torch(y, linear(x[::2], dense.t() if transposed else dense), exact)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_infinities_and_nan_stay_in_their_token(transposed: bool, tokens: int, device: str) -> None:
+    weight, dense = large_weight(64, 128, 64)
+    x = normal(tokens, 64 if transposed else 128, seed=3)
+    x[0, 5], x[1, 7] = torch.inf, torch.nan
+    y = matmul_4bit(x.to(device), transposed=transposed, **weight.arguments(device)).cpu()
+    expected = linear(x, dense.t() if transposed else dense)
+    assert torch.equal(y[0], expected[0])
+    assert y[1].isnan().all()
+    assert y[2:].isfinite().all()
