@@ -25,9 +25,9 @@ struct FloatSteps {
   using Element = float;
   static constexpr int kSteps = 8;
 
-  Levels levels;
+  Table16 levels;
 
-  explicit FloatSteps(const float* codebook) : levels(scaled_levels(codebook, 1.0f)) {}
+  explicit FloatSteps(const float* codebook) : levels(codebook) {}
   Floats look_up(Ints codes, int step) const { return levels[shift_right(codes, 4 * step)]; }
   static Floats load_lanes(const float* x) { return load(x); }
   static Floats multiply_add(Floats weights, Floats x, Floats sum) {

@@ -31,13 +31,6 @@ struct PairArithmetic {
   }
 };
 
-// A byte holds the code of an even element above that of an odd one: each byte goes to two words.
-inline Ints spread_codes_to_words(const uint8_t* packed) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-  const Ints wide = _mm512_cvtepu8_epi32(bytes);
-  return _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-}
-
 // first[begin], second[begin], first[begin + 1], ...: kLanes pairs of words.
 inline Ints interleave_words(Ints first, Ints second, int begin) {
   alignas(64) static constexpr auto kOrder = [] {
@@ -111,7 +104,7 @@ struct Bfloat16Format {
     }
 
     void expand(const uint8_t* packed, uint16_t* out, int64_t plane) const {
-      const Ints codes = spread_codes_to_words(packed);
+      const Ints codes = spread_to_words(packed);
       for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(out + p * plane, look_up(codes, p));
     }
 
@@ -165,7 +158,7 @@ struct Bfloat16Format {
   // As Table::expand, for kPair rows, straight into two panels.
   static void expand_panels(const Table* tables, const uint8_t* const* packed, uint16_t* out,
                             int64_t plane) {
-    const Ints upper = spread_codes_to_words(packed[0]), lower = spread_codes_to_words(packed[1]);
+    const Ints upper = spread_to_words(packed[0]), lower = spread_to_words(packed[1]);
     for (int p = 0; p < kPlanes; ++p, out += plane) {
       const Ints first = tables[0].look_up(upper, p), second = tables[1].look_up(lower, p);
       _mm512_storeu_si512(out, interleave_words(first, second, 0));

@@ -17,6 +17,7 @@ namespace qlora {
 // Sixteen floats, looked up by the lowest 4 bits of each lane.
 class Table16 {
  public:
+  Table16() = default;
   explicit Table16(const float* entries) : entries_(load(entries)) {}
   Floats operator[](Ints index) const { return pick_lanes(entries_, index); }
 
@@ -90,6 +91,7 @@ class ScaledLevels<float> {
 // Sixteen floats, looked up by the lowest 4 bits of each lane.
 class Table16 {
  public:
+  Table16() = default;
   explicit Table16(const float* entries) : low_(load(entries)), high_(load(entries + kLanes)) {}
 
   // A permutation looks at 3 bits of a lane; the fourth, moved to the sign, chooses the half.
@@ -186,6 +188,7 @@ class ScaledLevels<float> {
 // Sixteen floats, looked up by the lowest 4 bits of each lane.
 class Table16 {
  public:
+  Table16() = default;
   explicit Table16(const float* entries) { std::copy(entries, entries + 16, entries_); }
   Floats operator[](Ints index) const {
     return Floats{entries_[index[0] & 15], entries_[index[1] & 15], entries_[index[2] & 15],
@@ -195,6 +198,11 @@ class Table16 {
  private:
   float entries_[16];
 };
+
+// A byte becomes two lanes, its even code first.
+inline Ints spread_to_lanes(const uint8_t* packed) {
+  return Ints{packed[0] >> 4, packed[0], packed[1] >> 4, packed[1]};
+}
 
 // Each 64-bit lane holds 4 bytes: the first ones of both lanes, then the second ones, and so on.
 inline uint64_t gather_bytes(Ints x) {
@@ -257,7 +265,7 @@ class ScaledLevels {
 template <typename Value>
 class ScaledLevels {
  public:
-  static constexpr int kVector = 2;
+  static constexpr int kVector = 16;
 
   ScaledLevels(const float* codebook, float scale) {
     for (int code = 0; code < 16; ++code) levels_[code] = from_float<Value>(codebook[code] * scale);
@@ -266,8 +274,10 @@ class ScaledLevels {
   // y[i] = what the i-th of kVector codes stands for.
   template <bool>
   void restore(const uint8_t* packed, Value* y) const {
-    y[0] = levels_[*packed >> 4];
-    y[1] = levels_[*packed & 15];
+    for (int i = 0; i < kVector / 2; ++i) {
+      y[2 * i] = levels_[packed[i] >> 4];
+      y[2 * i + 1] = levels_[packed[i] & 15];
+    }
   }
 
  private:
