@@ -1,37 +1,46 @@
-"""quantize_4bit: every backend, bitsandbytes, and a copy of as many bytes."""
+"""quantize_4bit to NF4: every backend, bitsandbytes, and a read of the same values."""
 
 from __future__ import annotations
 
 import torch
 from measure import (
-    COPY,
+    PEER,
     bitsandbytes_is_installed,
-    copy_candidate,
     each_backend,
+    each_thread_count,
     medians,
     parse_arguments,
     report,
 )
+from torch import Tensor
 
 from qlora_ref import codebooks, ops
+
+READ = "read"  # the largest of as many bytes, taken as integers
+
+
+def measure(x: Tensor, repeats: int) -> None:
+    nf4 = codebooks.nf4_codebook()
+    packed, absmax = ops.quantize_4bit(x, nf4)
+    candidates = each_backend("quantize_4bit", lambda: ops.quantize_4bit(x, nf4))
+    for name, run in candidates.items():
+        assert all(map(torch.equal, run(), (packed, absmax))), name
+    if bitsandbytes_is_installed():
+        import bitsandbytes.functional as bnb
+
+        candidates[PEER] = lambda: bnb.quantize_4bit(x, quant_type="nf4")
+        assert torch.equal(bnb.quantize_4bit(x, quant_type="nf4")[0].flatten(), packed)
+    candidates[READ] = lambda: x.view(torch.int32).max()
+    for _ in each_thread_count():
+        title = f"quantize_4bit {tuple(x.shape)} {x.dtype}, a fresh output each time"
+        report(title, medians(candidates, repeats), x.nbytes, limit=READ)
 
 
 def main() -> None:
     options = parse_arguments(__doc__ or "")
     x = torch.randn(options.rows, options.columns)
-    nf4 = codebooks.nf4_codebook()
-    expected = ops.quantize_4bit(x, nf4, 64)
-    candidates = each_backend("quantize_4bit", lambda: ops.quantize_4bit(x, nf4, 64))
-    if bitsandbytes_is_installed():
-        import bitsandbytes.functional as bnb
-
-        candidates["bitsandbytes"] = lambda: bnb.quantize_4bit(x, quant_type="nf4")
-        assert torch.equal(bnb.quantize_4bit(x, quant_type="nf4")[0].flatten(), expected[0])
-    for name, run in candidates.items():
-        assert name == "bitsandbytes" or torch.equal(run()[0], expected[0]), name
-    nbytes = x.numel() * 4 + x.numel() // 2 + x.numel() // 16
-    candidates[COPY] = copy_candidate(nbytes)
-    report(f"quantize_4bit {tuple(x.shape)} float32", medians(candidates, options.repeats), nbytes)
+    for dtype in (torch.float32, torch.bfloat16):
+        measure(x.to(dtype), options.repeats)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ int quantize_8bit(const void* x, int dtype, int64_t n, const float* codebook, in
 int dequantize_8bit(const uint8_t* codes, const float* absmax, const float* codebook,
                     int64_t block_size, int64_t n, void* y, int dtype, int threads);
 
-// y = x W^T + bias for the weight W (rows, columns), or y = x W when transposed (bias null); sums in
-// float, one rounding to dtype. Scales: absmax float (blocks), the next three null; or their
-// codes uint8_t (blocks), restored as nested_codebook[absmax[b]] * nested_absmax[b / 256] + *offset.
-// x: dtype (tokens, columns), y: dtype (tokens, rows), or the other way round when transposed.
+// y = x W^T + bias for the weight W (rows, columns), or y = x W when transposed (bias null); sums
+// in float, one rounding to dtype. Scales: absmax float (blocks), the next three null; or their
+// codes uint8_t (blocks), restored as nested_codebook[absmax[b]] * nested_absmax[b / 256] +
+// *offset. x: dtype (tokens, columns), y: dtype (tokens, rows), or the other way round when
+// transposed.
 int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed, const void* absmax,
                 const float* nested_absmax, const float* nested_codebook, const float* offset,
                 const float* codebook, int64_t block_size, int64_t rows, int64_t columns,

@@ -33,7 +33,6 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: _version(name) or f"absent ({why})" for name, why in _PACKAGES.items()},
         "tools": {tool: shutil.which(tool) or "absent" for tool in ("g++", "clang++", "nvcc")},
         "forced_backend": forced_backend(),
-        "instruction_set": _instruction_set(),
         "operations": {
             device: {name: _serves(name, device) for name in OPERATIONS} for device in devices
         },
@@ -47,6 +46,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "c++ kernels": _instruction_set(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "gpu": cuda,
@@ -54,7 +54,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _instruction_set() -> str:
-    """The one that the C++ kernels use, and those that they could be forced to use."""
+    """What the C++ kernels use, and what they could be forced to use."""
     try:
         available = native.available_isas(native.FOLDER)
     except native.BackendUnavailable as unavailable:
