@@ -25,7 +25,6 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", type=int, default=4096, help="N")
     parser.add_argument("--columns", type=int, default=4096, help="K")
-    parser.add_argument("--tokens", type=int, default=64, help="M, of a matmul")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
