@@ -214,7 +214,8 @@ def test_half_corrupts_bytes_stored_as_floats_there_and_packed_bytes_survive_her
 
 # Outputs and gradients.
 
-SHAPES = [(1, 96, 128), (7, 33, 64), (16, 128, 256), (5, 1, 512), (3, 50, 1024)]
+# Of a few numbers theirs may be right by luck: no product here has so few.
+SHAPES = [(1, 96, 128), (7, 33, 64), (16, 128, 256), (8, 24, 512), (3, 50, 1024)]
 
 
 def run(layer: nn.Module, x: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

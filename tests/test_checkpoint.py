@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qlora_ref
 from qlora_ref.checkpoint import load_model_state, save_model, stored_tensors
+from qlora_ref.dispatch import force_backend
 from qlora_ref.models import load_model
 from qlora_ref.module4bit import Module4bit
 
@@ -72,7 +73,8 @@ def test_transformers_and_bitsandbytes_load_what_is_saved(
     save_model(model, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert type(theirs.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
-    assert torch.equal(logits(theirs), logits(model))
+    with force_backend("reference"):  # theirs restores the weight and multiplies in torch too
+        assert torch.equal(logits(theirs), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -90,7 +92,8 @@ def test_what_transformers_and_bitsandbytes_save_is_loaded(
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     assert len(weights(ours)) == 28
-    assert torch.equal(logits(ours), logits(theirs))
+    with force_backend("reference"):
+        assert torch.equal(logits(ours), logits(theirs))
 
 
 def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
@@ -156,7 +159,8 @@ def test_layers_that_were_conv1d_are_exchanged_with_bitsandbytes(tmp_path: Path)
     ids = torch.arange(9)[None]
     ours = load_model(tmp_path / "theirs")
     expected = without_dropout(theirs)(ids).logits
-    assert torch.equal(without_dropout(ours)(ids).logits, expected)
+    with force_backend("reference"):
+        assert torch.equal(without_dropout(ours)(ids).logits, expected)
     save_model(ours, tmp_path / "ours")
     again = load(tmp_path / "ours")
     assert torch.equal(without_dropout(again)(ids).logits, expected)
