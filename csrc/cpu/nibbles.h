@@ -292,13 +292,13 @@ template <int kVectors>
 void pack_codes(const Ints (&codes)[kVectors], uint8_t* packed) {
   static_assert(kVectors <= 4, "four bytes fit below 32 bits");
   typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));
-  Pairs bytes = {};
+  // The codes of all vectors into the bytes of a lane.
+  Pairs bytes = reinterpret_cast<Pairs>(codes[0]);
 #pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) {
-    const Pairs pair = reinterpret_cast<Pairs>(codes[i]);  // the even code in the lower half
-    bytes |= pair << (8 * i + 4) | pair >> (32 - 8 * i);
-  }
-  const auto gathered = gather_bytes(reinterpret_cast<Ints>(bytes));
+  for (int i = 1; i < kVectors; ++i) bytes |= reinterpret_cast<Pairs>(codes[i]) << 8 * i;
+  // The even lane is the lower half of a pair: its codes go above those of the odd one.
+  const Pairs merged = bytes << 4 | bytes >> 32;
+  const auto gathered = gather_bytes(reinterpret_cast<Ints>(merged));
   std::memcpy(packed, &gathered, kVectors * kLanes / 2);
 }
 
