@@ -119,14 +119,17 @@ class FewTokens {
   // Stretch after stretch, token after token; behind the end of a row there are zeros.
   void order_activations(int64_t token, int tokens, Element* out) const {
     constexpr int kWidth = kStretch / Steps::kSteps;
-    for (int64_t stretch = 0; stretch < stretches_; ++stretch) {
-      const int64_t begin = stretch * kStretch;
+    for (int64_t s = 0; s < stretches_; ++s) {
+      const int64_t begin = s * kStretch;
       const int count = static_cast<int>(std::min<int64_t>(kStretch, product_.depth - begin));
       for (int t = 0; t < tokens; ++t, out += kStretch) {
         const Value* x = product_.x + (token + t) * product_.depth + begin;
-        if (count < kStretch) std::fill(out, out + kStretch, Element{0});
-        for (int i = 0; i < count; ++i) {
-          out[(i % Steps::kSteps ^ 1) * kWidth + i / Steps::kSteps] = Steps::element(x[i]);
+        Element stretch[kStretch] = {};
+        for (int i = 0; i < count; ++i) stretch[i] = Steps::element(x[i]);
+        for (int step = 0; step < Steps::kSteps; ++step) {
+          for (int i = 0; i < kWidth; ++i) {
+            out[step * kWidth + i] = stretch[i * Steps::kSteps + (step ^ 1)];
+          }
         }
       }
     }

@@ -28,12 +28,12 @@ template <typename Value>
 using BestSteps = FloatSteps;
 #endif
 
-// Up to here products go through FewTokens. Each kFew tokens cost it one decoding in registers. A
-// Multiplier's decoding, through memory, costs about two of these, and then a token costs less;
-// where tiles multiply bfloat16 it costs next to nothing. So measured at 4096 x 4096 on AVX2,
-// AVX-512, AMX.
+// Up to here products go through FewTokens. Its time grows by a quarter of a decoding with each
+// token; a Multiplier's decoding, through memory, takes about three times as long, and then a token
+// costs little where tiles multiply bfloat16, and about half as much as here elsewhere. So measured
+// at 4096 x 4096 on AVX2, AVX-512 and AMX.
 template <typename Value>
-constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? kFew : 2 * kFew;
+constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : 2 * kFew;
 
 // Tiles take numbers below 2^-126 for zero, and the last plane of a float is 2^-18 of it or less:
 // that a product keeps the accuracy of floats takes tokens well above.

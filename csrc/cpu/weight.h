@@ -117,6 +117,7 @@ __attribute__((noinline)) void decode_row(const Weight& weight, int64_t row, int
     const Table table(weight.codebook, weight.scales[block]);
     position += values;
     int64_t i = 0;
+#pragma GCC unroll 2
     for (; i + Table::kVector <= values; i += Table::kVector) {
       table.expand(packed, out, plane);
       packed += Table::kVector / 2;
