@@ -1,48 +1,153 @@
-"""matmul_4bit, forward and input gradient: every backend, bitsandbytes in training, dense torch."""
+"""matmul_4bit, forward and input gradient, beside every other implementation that is installed.
+
+    python benchmarks/bench_matmul_4bit.py
+    python benchmarks/bench_matmul_4bit.py --shapes 11008x4096 --tokens 1 4 --dtypes bfloat16
+
+Each row is one product: milliseconds of ours, GFLOP/s, and for each peer its time divided by ours
+(above 1 we are faster). `read` is the time that reading the codes and scales alone takes, divided
+by ours: the share of that limit which few tokens reach.
+"""
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Callable
+
 import torch
-from measure import bitsandbytes_is_installed, each_backend, medians, parse_arguments, report
+from measure import medians
+from peers import CLOSE, Product, Weights, products
+from torch import Tensor
 
 import qlora_ref
-from qlora_ref import ops
+from qlora_ref import dispatch, native, ops
 
-# Sums of 4096 float32 products in another order; a wrong weight would be off by 0.1.
-RELATIVE_ERROR = 1e-4
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "1024x1024")
+MANY = 64  # tokens from which a product is bound by arithmetic, and a gradient is of interest
 
 
 def main() -> None:
-    options = parse_arguments(__doc__ or "")
-    weight = torch.randn(options.rows, options.columns)
-    tensor = qlora_ref.quantize(weight)
-    dense = tensor.dequantize()
-    parts = (tensor.packed, tensor.scales, tensor.codebook, tensor.block_size, tensor.shape)
-    for transposed in (False, True):
-        x = torch.randn(options.tokens, options.rows if transposed else options.columns)
-        matrix = dense if transposed else dense.t()
-        candidates = each_backend(
-            "matmul_4bit",
-            lambda: ops.matmul_4bit(x, *parts, transposed=transposed),  # noqa: B023
+    options = _parse_arguments()
+    torch.manual_seed(0)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        print_overhead()
+        for shape in options.shapes:
+            rows, columns = (int(size) for size in shape.split("x"))
+            for name in options.dtypes:
+                weights = Weights((rows, columns), getattr(torch, name))
+                for tokens in options.tokens:
+                    _compare(weights, tokens, False, options.repeats)
+                    if tokens >= MANY:
+                        _compare(weights, tokens, True, options.repeats)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="NxK")
+    parser.add_argument("--tokens", nargs="+", type=int, default=(1, 4, 8, 16, 64, 512), help="M")
+    parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float32"))
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--repeats", type=int, default=11)
+    return parser.parse_args()
+
+
+def _compare(weights: Weights, tokens: int, transposed: bool, repeats: int) -> None:
+    rows, columns = weights.shape
+    x = torch.randn(tokens, rows if transposed else columns).to(weights.dtype)
+    candidates = {"ours": Product(_ours(x, weights, transposed), weights.exact, CLOSE[x.dtype])}
+    if transposed:
+        dense = weights.dense
+        candidates["torch dense"] = Product(lambda: x @ dense, weights.exact, CLOSE[x.dtype])
+        candidates["bnb training"] = _bitsandbytes_gradient(x, weights)
+    else:
+        candidates |= dict(products(x, weights))
+    for name, product in candidates.items():
+        _check(name, product, x, transposed)
+    runs: dict[str, Callable[[], object]] = {name: p.run for name, p in candidates.items()}
+    codes, scales = weights.quantized.packed.view(torch.int32), weights.quantized.scales
+    runs["read"] = lambda: (codes.max(), scales.max())
+    with torch.no_grad():
+        found = medians(runs, repeats)
+    ours = found.pop("ours")
+    gigaflops = 2 * tokens * rows * columns / ours / 1e9
+    ratios = "  ".join(f"{name} {seconds / ours:.2f}" for name, seconds in found.items())
+    direction = "gradient" if transposed else "forward"
+    kind = str(weights.dtype).removeprefix("torch.")
+    print(
+        f"{rows}x{columns} {kind} {direction} M={tokens} threads={torch.get_num_threads()}: "
+        f"{ours * 1e3:.3f} ms, {gigaflops:.0f} GFLOP/s | {ratios}",
+        flush=True,
+    )
+
+
+def _ours(x: Tensor, weights: Weights, transposed: bool) -> Callable[[], Tensor]:
+    q = weights.quantized
+    parts = (q.packed, q.scales, q.codebook, q.block_size, q.shape)
+    return lambda: ops.matmul_4bit(x, *parts, transposed=transposed)
+
+
+def _bitsandbytes_gradient(gradient: Tensor, weights: Weights) -> Product:
+    """The backward pass alone of its layer in training."""
+    layer = weights.bitsandbytes_training
+    x = torch.zeros(len(gradient), weights.shape[1], dtype=gradient.dtype, requires_grad=True)
+    with torch.enable_grad():
+        y = layer(x)
+    return Product(
+        lambda: torch.autograd.grad(y, x, gradient, retain_graph=True)[0],
+        weights.exact,
+        CLOSE[gradient.dtype],
+    )
+
+
+def _check(name: str, product: Product, x: Tensor, transposed: bool) -> None:
+    matrix = product.weight.double()
+    exact = x.double() @ (matrix if transposed else matrix.t())
+    with torch.no_grad():
+        error = ((product.run().double() - exact).norm() / exact.norm()).item()
+    if not error < product.tolerance:
+        raise RuntimeError(f"{name} is off by {error:.2g}, more than {product.tolerance:.2g}")
+
+
+def print_overhead() -> None:
+    """What Python adds to the C function on a small product, in microseconds."""
+    weight, x = torch.randn(64, 64), torch.randn(1, 64)
+    layer = qlora_ref.Linear4bit.from_linear(
+        torch.nn.Linear(64, 64, bias=False), double_quant=False
+    )
+    q = qlora_ref.quantize(weight)
+    parts = (q.packed, q.scales, q.codebook, q.block_size, q.shape)
+    isa = dispatch.forced_isa() or native.available_isas(native.FOLDER)[-1]
+    library = native.open_library(native.library_path(native.FOLDER, isa))
+    y = torch.empty(1, 64)
+    tensors = (x, q.packed, q.scales, q.codebook, y)
+    x_, packed, scales, codebook, y_ = (tensor.data_ptr() for tensor in tensors)
+    threads = torch.get_num_threads()
+
+    def c() -> object:
+        return library.matmul_4bit(
+            *(x_, 0, 1, packed, scales, None, None, None, codebook, 64, 64, 64, None, 0, y_),
+            threads,
         )
-        candidates["dense torch"] = lambda: x @ matrix  # noqa: B023
-        if bitsandbytes_is_installed() and not transposed:
-            candidates["bitsandbytes"] = _bitsandbytes(weight, x)
-        for name, run in candidates.items():
-            error = (run() - x @ matrix).norm() / (x @ matrix).norm()
-            assert error < RELATIVE_ERROR, (name, error)
-        flops = 2 * options.tokens * weight.numel()
-        direction = "input gradient" if transposed else "forward"
-        title = f"matmul_4bit {direction}, M = {options.tokens}, W {tuple(weight.shape)} float32"
-        report(title, medians(candidates, options.repeats), tensor.nbytes, flops)
+
+    with torch.no_grad():
+        bare = _microseconds(c)
+        operation = _microseconds(lambda: ops.matmul_4bit(x, *parts)) - bare
+        module = _microseconds(lambda: layer(x)) - bare
+    print(
+        f"Python adds to the C function ({bare:.1f} us for 1 x 64 x 64): "
+        f"matmul_4bit {operation:.1f} us, Linear4bit {module:.1f} us; {threads} thread(s)"
+    )
 
 
-def _bitsandbytes(weight: torch.Tensor, x: torch.Tensor):  # type: ignore[no-untyped-def]
-    import bitsandbytes as bnb
-
-    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
-    wants_gradient = x.clone().requires_grad_()
-    return lambda: bnb.matmul_4bit(wants_gradient, packed.t(), quant_state=state).detach()
+def _microseconds(run: Callable[[], object], calls: int = 2000) -> float:
+    best = float("inf")
+    for _ in range(7):
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, (time.perf_counter() - began) / calls * 1e6)
+    return best
 
 
 if __name__ == "__main__":
