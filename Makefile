@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow sanitize count-instructions lint clean
+.PHONY: demo test test-slow sanitize count-instructions bench lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -30,6 +30,11 @@ sanitize: .venv/test/installed
 
 count-instructions: .venv/test/installed
 	.venv/test/bin/python benchmarks/instruction_counts.py --check
+
+# Every operation and a whole training step beside their peers, with 1 and 2 threads: about 15 minutes.
+bench: .venv/test/installed
+	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[bench]'
+	for benchmark in benchmarks/bench_*.py; do .venv/test/bin/python $$benchmark || exit 1; done
 
 lint: .venv/test/installed
 	.venv/test/bin/ruff check .
