@@ -85,12 +85,15 @@ void quantize_block(const Value* x, int64_t count, float absmax, const Nearest& 
 template <typename Value>
 void prefetch_values(const Value* x, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(Value);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(x + i);
+  for (int64_t i = 0; i < count; i += kLine) prefetch(x + i);
 }
 
 // Values whose scales are found before they are quantised: blocks then do not wait for their own
 // scale, and the values are still in the L1 cache.
 constexpr int64_t kGroupValues = 4096;
+
+// Between the values that are asked for and those that are quantised.
+constexpr int kGroupsAhead = 3;
 
 template <typename Value, typename Nearest>
 void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel& any,
@@ -105,7 +108,7 @@ void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel&
       }
       for (int64_t block = begin; block < end; ++block) {
         const int64_t start = block * block_size, count = std::min(block_size, n - start);
-        const int64_t ahead = start + group * block_size;
+        const int64_t ahead = start + kGroupsAhead * group * block_size;
         if (ahead < n) prefetch_values(x + ahead, std::min(block_size, n - ahead));
         quantize_block(x + start, count, absmax[block], nearest, any, packed + start / 2);
       }

@@ -23,6 +23,13 @@
 
 namespace qlora {
 
+// Asks for a cache line ahead of its use, where it need not exist. To the second-level cache: the
+// first one keeps track of fewer requests at a time than it takes to read at full speed.
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+  asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
+}
+
 // Keeps x in a register, where a compiler would load it anew for each use: there are fewer loads a
 // cycle than multiplications.
 template <typename Vector>

@@ -8,13 +8,6 @@
 
 namespace qlora {
 
-// Asks for a cache line ahead of its use, where it need not exist. To the second-level cache: the
-// first one keeps track of fewer requests at a time than it takes to read at full speed.
-inline void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
-  asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
-}
-
 // The scale of each block: a float, or a code of 8 bits that is restored in two roundings.
 struct Scales {
   const void* absmax;  // float, or uint8_t when nested
