@@ -42,6 +42,10 @@ from native_program import (  # noqa: E402
 
 from qlora_ref import native  # noqa: E402
 
+# The same library has the same counts; but it calls memcpy and memset, of which the C library
+# chooses another one on another processor.
+OTHER_PROCESSOR = 0.01
+
 RECORD = Path(__file__).with_suffix(".json")
 ISAS = ("baseline", "avx2")
 ALLOWED_RATIO = 1.1
@@ -139,7 +143,7 @@ def compare(measured: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
         for case, count in now["instructions"].items():
             ratio = count / before["instructions"].get(case, count)
             print(f"  {case:<34} {count:>12,} {ratio:8.3f}")
-            if is_same_library and ratio != 1:
+            if is_same_library and abs(ratio - 1) > OTHER_PROCESSOR:
                 complaints.append(
                     f"{isa} {case}: the same library has another count, x {ratio:.6f}"
                 )
