@@ -99,6 +99,8 @@ template <typename Value, typename Nearest>
 void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel& any,
               int64_t block_size, uint8_t* packed, float* absmax, int threads) {
   const int64_t group = std::max(kGroupValues / block_size, int64_t{1});
+  // A block may be larger than all there is, up to what an int64_t holds.
+  const int64_t distance = block_size < n ? kGroupsAhead * group * block_size : n;
   for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
     for (int64_t begin = first; begin < last; begin += group) {
       const int64_t end = std::min(begin + group, last);
@@ -108,7 +110,7 @@ void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel&
       }
       for (int64_t block = begin; block < end; ++block) {
         const int64_t start = block * block_size, count = std::min(block_size, n - start);
-        const int64_t ahead = start + kGroupsAhead * group * block_size;
+        const int64_t ahead = start + distance;
         if (ahead < n) prefetch_values(x + ahead, std::min(block_size, n - ahead));
         quantize_block(x + start, count, absmax[block], nearest, any, packed + start / 2);
       }
