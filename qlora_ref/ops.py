@@ -74,27 +74,41 @@ def dequantize_4bit(
     block_size: int,
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
+    nested_absmax: Tensor | None = None,
+    nested_codebook: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Restore values from 4-bit codes: y[i] = codebook[code[i]] * absmax[i // block_size].
 
-    packed      uint8 (ceil(n / 2),)             two codes a byte, the even one high
-    absmax      float32 (ceil(n / block_size),)  the scale of each block
-    codebook    float32 (16,)
-    block_size  int, even, >= 2
-    shape       n = its product
-    dtype       float32, bfloat16 or float16
-    returns     dtype (shape)                    one float32 product, rounded once to dtype
+    packed           uint8 (ceil(n / 2),)      two codes a byte, the even one high
+    absmax           float32 (blocks,)         scales; or uint8 (blocks,), their codes, when nested
+    codebook         float32 (16,)
+    block_size       int, even, >= 2           blocks = ceil(n / block_size)
+    shape            n = its product
+    dtype            float32, bfloat16 or float16
+    nested_absmax    float32 (ceil(blocks / 256),)   these three together: scales are
+    nested_codebook  float32 (256,)                  nested_codebook[absmax] * nested_absmax
+    offset           float32 ()                      + offset, each step rounded to float32
+    returns          dtype (shape)             one float32 product, rounded once to dtype
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.
     """
     check_shape(shape)
     n = math.prod(shape)
     check_packed(packed, absmax, codebook, block_size, n)
-    check_dtype("absmax", absmax, torch.float32)
+    check_nested(absmax, nested_absmax, nested_codebook, offset)
     check_output_dtype(dtype)
-    check_one_device(packed, absmax, codebook)
+    check_one_device(packed, absmax, codebook, nested_absmax, nested_codebook, offset)
     return _library.dequantize_4bit(
-        packed.flatten(), absmax.contiguous(), codebook.contiguous(), block_size, shape, dtype
+        packed.flatten(),
+        absmax.contiguous(),
+        codebook.contiguous(),
+        block_size,
+        shape,
+        dtype,
+        _contiguous(nested_absmax),
+        _contiguous(nested_codebook),
+        _contiguous(offset),
     )
 
 
@@ -176,9 +190,9 @@ def matmul_4bit(
     shape            (N, K)
     bias             dtype of x (N,) or None  not with transposed
     transposed       bool                     the gradient of the product with respect to its input
-    nested_absmax    float32 (ceil(blocks / 256),)   these three together: scales are
-    nested_codebook  float32 (256,)                  nested_codebook[absmax] * nested_absmax
-    offset           float32 ()                      + offset, each step rounded to float32
+    nested_absmax    float32 (ceil(blocks / 256),)   as in dequantize_4bit
+    nested_codebook  float32 (256,)
+    offset           float32 ()
     returns          dtype of x (..., N)             (..., K) when transposed
 
     W is restored as by `dequantize_4bit`, in float32 or rounded once to the dtype of x; products

@@ -94,11 +94,14 @@ class QuantizedTensor:
         """The restored tensor, in `dtype` or in that of the original. See ops.dequantize_4bit."""
         return ops.dequantize_4bit(
             self.packed,
-            self.absmax,
+            self.scales,
             self.codebook,
             self.block_size,
             self.shape,
             dtype or self.dtype,
+            self.nested_absmax,
+            self.nested_codebook,
+            self.offset,
         )
 
     def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:

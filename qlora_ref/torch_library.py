@@ -22,7 +22,8 @@ _SCHEMAS = {
     ),
     "dequantize_4bit": (
         "(Tensor packed, Tensor absmax, Tensor codebook, int block_size, SymInt[] shape, "
-        "ScalarType dtype) -> Tensor"
+        "ScalarType dtype, Tensor? nested_absmax=None, Tensor? nested_codebook=None, "
+        "Tensor? offset=None) -> Tensor"
     ),
     "quantize_8bit": (
         "(Tensor x, Tensor codebook, int block_size, bool check_finite) -> (Tensor, Tensor)"
@@ -133,6 +134,7 @@ def _fake_dequantize_4bit(
     block_size: int,
     shape: list[int],
     dtype: torch.dtype,
+    *nested: Tensor | None,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 

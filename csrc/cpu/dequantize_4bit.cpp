@@ -3,6 +3,7 @@
 #include "large_output.h"
 #include "nibbles.h"
 #include "parts.h"
+#include "scales.h"
 
 namespace qlora {
 namespace {
@@ -17,12 +18,12 @@ bool can_stream(const Value* y, int64_t block_size) {
 }
 
 template <bool kStream, typename Value>
-void dequantize(const uint8_t* packed, const float* absmax, const float* codebook,
+void dequantize(const uint8_t* packed, const Scales& scales, const float* codebook,
                 int64_t block_size, int64_t n, Value* y, int threads) {
   for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t start = block * block_size;
-      const ScaledLevels<Value> levels(codebook, absmax[block]);
+      const ScaledLevels<Value> levels(codebook, scales[block]);
       // Blocks are even, so each starts with a byte of its own.
       restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start),
                              y + start);
@@ -33,9 +34,11 @@ void dequantize(const uint8_t* packed, const float* absmax, const float* codeboo
 
 }  // namespace
 
-int dequantize_4bit(const uint8_t* packed, const float* absmax, const float* codebook,
+int dequantize_4bit(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                    const float* nested_codebook, const float* offset, const float* codebook,
                     int64_t block_size, int64_t n, void* y, int dtype, int threads) {
   if (is_bad_size(n, block_size, threads)) return kBadSize;
+  const Scales scales{absmax, nested_absmax, nested_codebook, offset};
   return with_dtype(dtype, [&](auto type) {
     using Value = decltype(type);
     auto* values = static_cast<Value*>(y);
@@ -44,9 +47,9 @@ int dequantize_4bit(const uint8_t* packed, const float* absmax, const float* cod
     // written. Whatever else is large would only pass through them, and be read first.
     const bool is_fresh = prepare_fresh(y, bytes);
     if (!is_fresh && bytes >= kLargeOutput && can_stream(values, block_size)) {
-      dequantize<true>(packed, absmax, codebook, block_size, n, values, threads);
+      dequantize<true>(packed, scales, codebook, block_size, n, values, threads);
     } else {
-      dequantize<false>(packed, absmax, codebook, block_size, n, values, threads);
+      dequantize<false>(packed, scales, codebook, block_size, n, values, threads);
     }
     return kOk;
   });

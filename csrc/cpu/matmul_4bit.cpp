@@ -60,10 +60,9 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
                 const void* bias, int transposed, void* y, int threads) {
   if (rows < 0 || columns < 0 || is_bad_size(tokens, block_size, threads)) return kBadSize;
   if (rows * columns < kParallelMinimum) threads = 1;
-  const Weight weight{
-      packed,   {absmax, nested_absmax, nested_codebook, offset == nullptr ? 0.0f : *offset},
-      codebook, block_size,
-      rows,     columns};
+  const Weight weight{packed,   {absmax, nested_absmax, nested_codebook, offset},
+                      codebook, block_size,
+                      rows,     columns};
   return with_dtype(dtype, [&](auto type) {
     using Value = decltype(type);
     Product<Value> product{static_cast<const Value*>(x),

@@ -1,0 +1,31 @@
+// The scales of a 4-bit tensor, double-quantised or not.
+
+#pragma once
+
+#include "simd.h"
+
+namespace qlora {
+
+// The scale of each block: a float, or a code of 8 bits that is restored in two roundings.
+struct Scales {
+  const void* absmax;  // float, or uint8_t when nested
+  const float* nested_absmax;
+  const float* nested_codebook;
+  const float* offset;
+
+  static constexpr int kNestedBlock = 256;
+
+  float operator[](int64_t block) const {
+    if (nested_absmax == nullptr) return static_cast<const float*>(absmax)[block];
+    const uint8_t code = static_cast<const uint8_t*>(absmax)[block];
+    return nested_codebook[code] * nested_absmax[block / kNestedBlock] + *offset;
+  }
+
+  void prefetch_blocks(int64_t first, int64_t count) const {
+    const int64_t size = nested_absmax == nullptr ? sizeof(float) : sizeof(uint8_t);
+    const char* start = static_cast<const char*>(absmax) + first * size;
+    for (int64_t byte = 0; byte < count * size; byte += 64) prefetch(start + byte);
+  }
+};
+
+}  // namespace qlora
