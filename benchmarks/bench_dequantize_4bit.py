@@ -27,7 +27,7 @@ def kernel(tensor: QuantizedTensor, y: Tensor) -> Callable[[], object]:
     """The C++ kernel on an output that is there already."""
     operations = native.load("cpu", "dequantize_4bit", dispatch.forced_isa()).__self__
     inputs = (tensor.packed, tensor.absmax, tensor.codebook, tensor.block_size)
-    return lambda: operations._dequantize("dequantize_4bit", *inputs, y)
+    return lambda: operations.dequantize_4bit_into(y, *inputs)
 
 
 def peer_kernel(tensor: QuantizedTensor, y: Tensor) -> Callable[[], object]:

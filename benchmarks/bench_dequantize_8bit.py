@@ -21,6 +21,7 @@ from measure import (
 )
 
 from qlora_ref import codebooks, native, ops
+from qlora_ref.native_operations import CpuOperations
 
 REUSED_PEER = "bnb, reused"
 
@@ -36,7 +37,7 @@ def main() -> None:
         assert torch.equal(run(), expected), name
     y = torch.empty_like(x)
     isa = native.available_isas(native.FOLDER)[-1]
-    operations = native.CpuOperations(native.open_library(native.library_path(native.FOLDER, isa)))
+    operations = CpuOperations(native.open_library(native.library_path(native.FOLDER, isa)))
     reused = (codes, absmax, table, 256, y)
     candidates["cpu, reused"] = lambda: operations._dequantize("dequantize_8bit", *reused)
     candidates["cpu, reused"]()

@@ -23,6 +23,7 @@ from native_program import setup_definitions
 
 from qlora_ref import dispatch, native
 from qlora_ref.dispatch import explain, force_backend, force_isa
+from qlora_ref.native_operations import CpuOperations
 
 # The same examples in each run: a failure that chance found once must not be able to hide again.
 # The fixture `backend` only sets a name, so that sharing it between examples is sound.
@@ -131,6 +132,6 @@ def fresh_folder(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def cpu(isa: str, fresh_folder: Path) -> native.CpuOperations:
+def cpu(isa: str, fresh_folder: Path) -> CpuOperations:
     """The operations in the library for an instruction set."""
-    return native.CpuOperations(native.open_library(native.library_path(fresh_folder, isa)))
+    return CpuOperations(native.open_library(native.library_path(fresh_folder, isa)))

@@ -1,8 +1,8 @@
 """The kernels without Python: a program that calls one function on arguments from a file.
 
 `build_program` compiles tests/native/call_kernels.cpp, for this processor or another one, with or
-without a sanitizer. `ProgramOperations` are the operations of native.py, but each call is a run of
-that program, so that what is written for native.CpuOperations works on it.
+without a sanitizer. `ProgramOperations` are the operations of native_operations.py, but each call
+is a run of that program, so that what is written for CpuOperations works on it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from qlora_ref import codebooks, native
 from qlora_ref.dispatch import OPERATIONS
+from qlora_ref.native_operations import CpuOperations, raise_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "native"
@@ -81,7 +82,7 @@ def build_program(build: SimpleNamespace, folder: Path, *flags: str, tsan: bool 
     return program
 
 
-class ProgramOperations(native.CpuOperations):
+class ProgramOperations(CpuOperations):
     """The operations, each call in a process of its own.
 
     command  the program, behind an emulator or a measuring tool if need be, and a library
@@ -98,7 +99,8 @@ class ProgramOperations(native.CpuOperations):
         self._callers, self._threads = callers, threads
         self._arrays = "shared" if shared else "own"
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, device: torch.device, *values: Any) -> None:
+        arguments = [_as_tensor(value) for value in values]
         tensors = list(_tensors(arguments))
         with tempfile.TemporaryDirectory() as folder:
             call, results = Path(folder, "arguments"), Path(folder, "results")
@@ -109,12 +111,18 @@ class ProgramOperations(native.CpuOperations):
                 raise RuntimeError(f"{name}: exit {finished.returncode}\n{finished.stderr}")
             status, arrays = results.read_bytes()[:8], results.read_bytes()[8:]
         if code := struct.unpack("<q", status)[0]:
-            native.raise_error(name, code)
+            raise_error(name, code)
         for tensor in tensors:
             _bytes_of(tensor)[:], arrays = (
                 _as_array(arrays[: tensor.nbytes]),
                 arrays[tensor.nbytes :],
             )
+
+
+def _as_tensor(value: Any) -> Any:
+    """A ctypes array as the bytes in it; anything else as it is."""
+    is_array = isinstance(value, ctypes.Array)
+    return torch.frombuffer(value, dtype=torch.uint8) if is_array else value
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
@@ -126,7 +134,7 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _encode(name: str, arguments: Sequence[Any]) -> Iterator[bytes]:
-    for kind, value in zip(native.SIGNATURES[name], arguments, strict=True):
+    for kind, value in zip(native.CPU_SIGNATURES[name], arguments, strict=True):
         if kind is ctypes.c_double:
             yield struct.pack("<d", value)
         elif kind is not ctypes.c_void_p:

@@ -16,6 +16,7 @@ from native_program import REFERENCE, ROOT, all_results
 from test_native import declared_functions
 
 from qlora_ref import native
+from qlora_ref.native_operations import CpuOperations
 
 
 def test_no_compiler_is_said(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,7 @@ def test_without_openmp_the_results_are_the_same(
     monkeypatch.setitem(build.compile_objects.__globals__, "openmp_flags", lambda compiler: [])
     path = native.library_path(tmp_path, "baseline")
     build.compile_library(build.cpu_sources(), path, [])
-    serial = native.CpuOperations(native.open_library(path))
+    serial = CpuOperations(native.open_library(path))
     for actual, expected in zip(all_results(serial), all_results(REFERENCE), strict=True):
         assert_same_bits(actual, expected)
 

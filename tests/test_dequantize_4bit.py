@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, define_dequantize, normal, random_bytes
+from compare import (
+    DTYPES,
+    assert_same_bits,
+    define_dequantize,
+    normal,
+    random_bytes,
+    random_weight,
+)
 from torch import Tensor
 
 from qlora_ref import codebooks, native
@@ -55,6 +62,14 @@ def test_matches_the_definition_bit_for_bit(
 def test_every_codebook_matches_the_definition(name: str, dtype: torch.dtype, device: str) -> None:
     packed, absmax = quantised((1001,), 64, seed=3)
     assert_is_defined(packed, absmax, TABLES[name], 64, (1001,), dtype, device)
+
+
+@pytest.mark.parametrize("n", [0, 1, 65, 32 * 300 + 7])  # more than 256 blocks: two nested ones
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nested_scales_are_decoded_bit_for_bit(dtype: torch.dtype, n: int, device: str) -> None:
+    weight = random_weight(1, n, 32, nested=True)
+    restored = dequantize_4bit(**weight.arguments(device), dtype=dtype)
+    assert_same_bits(restored, weight.dense(dtype))
 
 
 def test_every_code_of_either_nibble_is_looked_up(device: str) -> None:
@@ -148,7 +163,7 @@ def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
     buffer = torch.full((n + 3,), 7.0, dtype=dtype)
     y = buffer[offset : offset + n]
     operations = native.load("cpu", OPERATION, isa).__self__
-    operations._dequantize(OPERATION, packed, absmax, NF4, block_size, y)
+    operations.dequantize_4bit_into(y, packed, absmax, NF4, block_size)
     with force_backend("reference"):
         expected = dequantize_4bit(packed, absmax, NF4, block_size, (n,), dtype)
     assert_same_bits(y, expected)

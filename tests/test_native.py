@@ -18,6 +18,9 @@ from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_results
 from torch import Tensor
 
 from qlora_ref import dispatch, native
+from qlora_ref.matmul_plan import Kernel
+from qlora_ref.native_operations import DTYPES as DTYPE_NUMBERS
+from qlora_ref.native_operations import CpuOperations, raise_error
 
 HEADER = (ROOT / "csrc" / "kernels.h").read_text()
 
@@ -53,28 +56,41 @@ C_TYPES = {
     "int64_t": ctypes.c_int64,
     "double": ctypes.c_double,
 }
+CONDITIONAL = re.compile(r"#ifdef QLORA_CUDA\n(.*?)(?:#else\n(.*?))?#endif\n", re.DOTALL)
 
 
-def declared_functions() -> dict[str, list[type]]:
-    """The functions in kernels.h and the ctypes of their parameters."""
+def declared_functions(library: str = "cpu") -> dict[str, list[type]]:
+    """The functions that kernels.h declares for a library, and the ctypes of their parameters."""
+    is_cuda = library == "cuda"
+    text = CONDITIONAL.sub(lambda found: found[1] if is_cuda else found[2] or "", HEADER)
+    text = re.sub(r"//.*", "", text)
+    types = C_TYPES | {"Execution": ctypes.c_void_p if is_cuda else ctypes.c_int}
     functions = {}
-    for name, parameters in re.findall(r"^int (\w+)\((.*?)\);", HEADER, re.MULTILINE | re.DOTALL):
-        types = [parameter.split()[-2] for parameter in parameters.split(",") if parameter]
-        pointer = ctypes.c_void_p
-        functions[name] = [pointer if kind[-1] == "*" else C_TYPES[kind] for kind in types]
+    found = re.findall(r"^(?:int|const char\*) (\w+)\((.*?)\);", text, re.MULTILINE | re.DOTALL)
+    for name, parameters in found:
+        kinds = [parameter.split()[-2] for parameter in parameters.split(",") if parameter]
+        functions[name] = [ctypes.c_void_p if kind[-1] == "*" else types[kind] for kind in kinds]
     return functions
 
 
-def test_python_declares_the_functions_of_the_header() -> None:
-    declared = {name: list(arguments) for name, arguments in native.SIGNATURES.items()}
-    assert declared == declared_functions()
+@pytest.mark.parametrize("library", ["cpu", "cuda"])
+def test_python_declares_the_functions_of_the_header(library: str) -> None:
+    signatures = {"cpu": native.CPU_SIGNATURES, "cuda": native.CUDA_SIGNATURES}[library]
+    declared = {name: list(arguments) for name, arguments in signatures.items()}
+    assert declared == declared_functions(library)
+
+
+def test_python_knows_the_kernels_of_the_header() -> None:
+    numbers = dict(re.findall(r"^  k(\w+) = (\d+),", HEADER, re.MULTILINE))
+    names = {kernel.name.title().replace("_", ""): str(kernel.value) for kernel in Kernel}
+    assert names == numbers
 
 
 def test_python_knows_the_numbers_in_the_header() -> None:
     version = re.search(r"kInterfaceVersion = (\d+)", HEADER)
     assert version is not None and native.INTERFACE_VERSION == int(version[1])
-    names = [f"k{str(dtype).removeprefix('torch.').capitalize()}" for dtype in native.DTYPES]
-    pairs = zip(names, native.DTYPES.values(), strict=True)
+    names = [f"k{str(dtype).removeprefix('torch.').capitalize()}" for dtype in DTYPE_NUMBERS]
+    pairs = zip(names, DTYPE_NUMBERS.values(), strict=True)
     assert ", ".join(f"{name} = {number}" for name, number in pairs) in HEADER
 
 
@@ -93,7 +109,7 @@ def test_library_exports_every_function_of_the_header(fresh_library: Path) -> No
 
 def test_every_operation_has_a_function() -> None:
     for operation in dispatch.OPERATIONS:
-        assert callable(getattr(native.CpuOperations, operation))
+        assert callable(getattr(CpuOperations, operation))
 
 
 # Errors.
@@ -104,7 +120,7 @@ def test_every_operation_has_a_function() -> None:
 )
 def test_error_codes_become_exceptions(status: int, error: type) -> None:
     with pytest.raises(error, match="quantize_4bit"):
-        native.raise_error("quantize_4bit", status)
+        raise_error("quantize_4bit", status)
 
 
 def test_functions_return_error_codes(fresh_library: Path) -> None:
@@ -122,7 +138,7 @@ def test_functions_return_error_codes(fresh_library: Path) -> None:
         assert library.adamw_step(1, *lists, *options, step, 1) == status
 
 
-def test_addresses_that_c_cannot_follow_are_refused(cpu: native.CpuOperations) -> None:
+def test_addresses_that_c_cannot_follow_are_refused(cpu: CpuOperations) -> None:
     with pytest.raises(ValueError, match="contiguous tensor on the CPU, got one on meta"):
         cpu.quantize_4bit(torch.empty(64, device="meta"), NF4, 64)
     every_second = normal(128)[::2]
@@ -137,7 +153,7 @@ def test_addresses_that_c_cannot_follow_are_refused(cpu: native.CpuOperations) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_every_narrow_number_is_read_exactly(dtype: torch.dtype, cpu: native.CpuOperations) -> None:
+def test_every_narrow_number_is_read_exactly(dtype: torch.dtype, cpu: CpuOperations) -> None:
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     pairs = torch.stack([x, torch.zeros_like(x)], dim=1)  # each number is the absmax of a block
     _, absmax = cpu.quantize_4bit(pairs, NF4, 2)
@@ -146,7 +162,7 @@ def test_every_narrow_number_is_read_exactly(dtype: torch.dtype, cpu: native.Cpu
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rounds_to_nearest_even_around_every_narrow_number(
-    dtype: torch.dtype, cpu: native.CpuOperations
+    dtype: torch.dtype, cpu: CpuOperations
 ) -> None:
     exact = torch.arange(2**15).to(torch.int16).view(dtype).float()
     exact = exact[torch.isfinite(exact)]
@@ -165,14 +181,14 @@ def test_rounds_to_nearest_even_around_every_narrow_number(
 # The same bits everywhere.
 
 
-def test_every_instruction_set_gives_the_bits_of_the_reference(cpu: native.CpuOperations) -> None:
+def test_every_instruction_set_gives_the_bits_of_the_reference(cpu: CpuOperations) -> None:
     assert_all_same(all_results(cpu), all_results(REFERENCE))
 
 
 # Threads and processes.
 
 
-def test_results_do_not_depend_on_the_number_of_threads(cpu: native.CpuOperations) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(cpu: CpuOperations) -> None:
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
@@ -184,7 +200,7 @@ def test_results_do_not_depend_on_the_number_of_threads(cpu: native.CpuOperation
         assert_all_same(other, results[0])
 
 
-def test_several_python_threads_may_call_at_once(cpu: native.CpuOperations) -> None:
+def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:
     expected = all_results(cpu)
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(lambda _: all_results(cpu), range(12)):
@@ -237,9 +253,9 @@ def test_installed_libraries_serve_every_operation(isa: str) -> None:
         assert callable(native.load("cpu", operation, isa))
 
 
-def test_installed_libraries_are_up_to_date(isa: str, cpu: native.CpuOperations) -> None:
+def test_installed_libraries_are_up_to_date(isa: str, cpu: CpuOperations) -> None:
     path = native.library_path(native.FOLDER, isa)
-    assert_all_same(all_results(native.CpuOperations(native.open_library(path))), all_results(cpu))
+    assert_all_same(all_results(CpuOperations(native.open_library(path))), all_results(cpu))
 
 
 def test_what_is_no_library_is_unavailable(tmp_path: Path) -> None:

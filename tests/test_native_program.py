@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from compare import normal
 from native_program import (
     DYNAMIC,
@@ -42,7 +43,8 @@ def test_an_access_outside_an_array_ends_the_program(program: Path, fresh_folder
     library = native.library_path(fresh_folder, "baseline")
     cpu = ProgramOperations(program, library, callers=1)
     with pytest.raises(RuntimeError, match="exit -11"):
-        cpu._call("dequantize_8bit", *[normal(1).byte()] * 2, DYNAMIC, 256, 10**4, normal(1), 0)
+        tensors = (*[normal(1).byte()] * 2, DYNAMIC, 256, 10**4, normal(1), 0)
+        cpu._call("dequantize_8bit", torch.device("cpu"), *tensors)
 
 
 @pytest.fixture
