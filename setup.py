@@ -1,15 +1,19 @@
 """Builds csrc/ into shared libraries beside the Python files. Everything else: pyproject.toml.
 
 The libraries have a plain C interface and are loaded with ctypes, so that building them takes a
-C++ compiler and nothing of torch or Python. Without a compiler the package installs all the same,
-and runs on its reference backend.
+C++ compiler and nothing of torch or Python; csrc/cuda is built where nvcc is. Without a compiler
+the package installs all the same, and runs on its reference backend.
 
-    QLORA_REF_BUILD_CPU=0   do not compile csrc/cpu
-    CXX=clang++             compile with this instead of c++, g++ or clang++
+    QLORA_REF_BUILD_CPU=0              do not compile csrc/cpu
+    QLORA_REF_BUILD_CUDA=0             do not compile csrc/cuda
+    QLORA_REF_CUDA_ARCHITECTURES=80    compile csrc/cuda for these only, as "80 90a"
+    CXX=clang++                        compile with this instead of c++, g++ or clang++
+    NVCC=/usr/local/cuda/bin/nvcc      compile with this instead of the nvcc that is found
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -45,6 +49,16 @@ ISA_FLAGS = {
     "avx512_bf16": ["-mavx512bf16"],
     "amx": ["-mamx-tile", "-mamx-bf16"],
 }
+
+
+# As on the CPU, products and sums are fused only where the source says so.
+CUDA_FLAGS = [
+    *("-O3", "-std=c++17", "-fmad=false", "-lineinfo", "-DQLORA_CUDA"),
+    *("-Xcompiler", "-fPIC,-Wall", "-Xfatbin", "--compress=false"),
+]
+PACKAGED_NVCC = "nvidia/cu*/bin/nvcc"  # in site-packages
+# The first is also kept as PTX, which the driver of any later GPU compiles when it loads it.
+CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "120")
 
 
 def cpu_sources() -> list[Path]:
@@ -119,6 +133,65 @@ def compile_library(sources: list[Path], library: Path, flags: list[str]) -> Non
         os.replace(beside, library)
 
 
+def cuda_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def find_nvcc() -> list[str]:
+    """nvcc's command: from NVCC, CUDA_HOME, the path, or the package nvidia-cuda-nvcc."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    packaged = [str(path) for folder in sys.path for path in Path(folder).glob(PACKAGED_NVCC)]
+    named = [os.environ["NVCC"]] if "NVCC" in os.environ else []
+    for command in named or [f"{toolkit}/bin/nvcc", "nvcc", *packaged]:
+        if shutil.which(command):
+            return [command]
+    raise CompileError("no nvcc: install the CUDA toolkit, or name nvcc in NVCC")
+
+
+def cuda_architectures() -> list[str]:
+    return os.environ.get("QLORA_REF_CUDA_ARCHITECTURES", " ".join(CUDA_ARCHITECTURES)).split()
+
+
+def cuda_objects() -> list[Path]:
+    """csrc/cuda as object files, for cuda_architectures(): compiled once, kept under build/.
+
+    Raises CompileError with what nvcc says.
+    """
+    first, *others = cuda_architectures()
+    codes = [f"arch=compute_{first},code=[sm_{first},compute_{first}]"]
+    codes += [f"arch=compute_{other},code=sm_{other}" for other in others]
+    flags = [*CUDA_FLAGS, *(f"-gencode={code}" for code in codes)]
+    read = [ROOT / "csrc" / "kernels.h", *sorted((ROOT / "csrc" / "cuda").glob("*.cu*"))]
+    content = b"".join(path.read_bytes() for path in read) + shlex.join(flags).encode()
+    folder = ROOT / "build" / "cuda" / hashlib.sha256(content).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [folder / f"{source.stem}.o" for source in cuda_sources()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: _compile_cuda(*pair, flags), zip(cuda_sources(), targets)))
+    return targets
+
+
+def _compile_cuda(source: Path, target: Path, flags: list[str]) -> None:
+    if not target.exists():
+        aside = target.with_suffix(f".{os.getpid()}.o")
+        execute([*find_nvcc(), *flags, "-c", str(source), "-o", str(aside)])
+        os.replace(aside, target)
+
+
+def link_cuda(objects: list[Path], library: Path, runtime: str = "static") -> None:
+    """Link objects to a library, with a CUDA runtime inside (static) or beside it (shared).
+
+    With it inside, the library needs nothing but a driver, whichever CUDA torch was built with.
+    """
+    library.parent.mkdir(parents=True, exist_ok=True)
+    aside = library.with_name(library.name + ".new")
+    # The runtime inside must not be mistaken for the one that torch has loaded, nor the other way.
+    hidden = ["-Xlinker", "--exclude-libs=ALL"]
+    linked = [*find_nvcc(), "-shared", "--cudart", runtime, *hidden, *map(str, objects)]
+    execute([*linked, "-o", str(aside)])
+    os.replace(aside, library)
+
+
 def execute(command: list[str]) -> None:
     """Run a compiler or linker. Raises CompileError with what it says."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,16 +206,19 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
+        library = Path(self.get_ext_fullpath(extension.name))
+        is_cuda = extension.name.endswith("cuda")
         try:
-            compile_library(
-                [ROOT / source for source in extension.sources],
-                Path(self.get_ext_fullpath(extension.name)),
-                extension.extra_compile_args,
-            )
+            if is_cuda:
+                link_cuda(cuda_objects(), library)
+            else:
+                sources = [ROOT / source for source in extension.sources]
+                compile_library(sources, library, extension.extra_compile_args)
         except CompileError:
+            tool, where = ("nvcc", "GPUs") if is_cuda else ("a C++ compiler", "the CPU")
             self.warn(
-                f"{extension.name} is not built: qlora_ref will run on its slow reference backend. "
-                "Install a C++ compiler and reinstall to change that"
+                f"{extension.name} is not built: qlora_ref will run on its slow reference backend "
+                f"on {where}. Install {tool} and reinstall to change that"
             )
             raise  # the extension is optional: setuptools prints the reason and goes on
 
@@ -155,8 +231,23 @@ class PlatformWheel(bdist_wheel):
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("QLORA_REF_BUILD_CPU") == "0":
-        return []
+    cpu = [] if os.environ.get("QLORA_REF_BUILD_CPU") == "0" else cpu_extensions()
+    cuda = [] if os.environ.get("QLORA_REF_BUILD_CUDA") == "0" else cuda_extensions()
+    return cpu + cuda
+
+
+def cuda_extensions() -> list[Extension]:
+    try:
+        find_nvcc()
+    except CompileError:
+        return []  # most machines: `qlora-ref doctor` says how to change that
+    sources = [str(path.relative_to(ROOT)) for path in cuda_sources()]
+    headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cuda/*.cuh")]
+    depends = [*headers, "csrc/kernels.h"]
+    return [Extension("qlora_ref.libqlora_cuda", sources, depends=depends, optional=True)]
+
+
+def cpu_extensions() -> list[Extension]:
     try:
         flags_of = isa_flags(find_compiler())
     except CompileError:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ref import native
+from qlora_ref import matmul_plan, native
+from qlora_ref.matmul_plan import Gpu, Plan, Product
+from qlora_ref.native_operations import describe_gpu
 
 OPERATIONS = (
     "quantize_4bit",
@@ -96,17 +98,26 @@ class Explanation:
     device: str
     backend: str | None
     reasons: dict[str, str]
+    plan: Plan | None = None  # which CUDA kernel a product would take
 
     def __str__(self) -> str:
         lines = [f"{self.operation} on {self.device}: {self.backend or 'raises an error'}"]
-        return "\n".join(lines + [f"  {name:<10} {why}" for name, why in self.reasons.items()])
+        lines += [f"  {name:<10} {why}" for name, why in self.reasons.items()]
+        return "\n".join(lines + [f"  in CUDA    {self.plan}"] * (self.plan is not None))
 
 
-def explain(operation: str, where: Tensor | torch.device | str = "cpu") -> Explanation:
+def explain(
+    operation: str,
+    where: Tensor | torch.device | str = "cpu",
+    product: Product | None = None,
+    gpu: Gpu | None = None,
+) -> Explanation:
     """Which backend would run an operation, and why each of the others would not.
 
     operation  one of `OPERATIONS`
     where      a tensor or a device
+    product    the sizes of a `matmul_4bit`, to be told also which CUDA kernel it would take,
+    gpu        and on which GPU: it need not be there (None: that of `where`)
     returns    Explanation; print it to read it
     Raises ValueError for an unknown operation.
     """
@@ -123,7 +134,10 @@ def explain(operation: str, where: Tensor | torch.device | str = "cpu") -> Expla
             reasons[backend] = "runs"
         else:
             reasons[backend] = obstacle or f"{chosen} comes first"
-    return Explanation(operation, str(device), chosen, reasons)
+    plan = None
+    if product is not None:
+        plan = matmul_plan.choose(product, gpu or describe_gpu(device))
+    return Explanation(operation, str(device), chosen, reasons, plan)
 
 
 def select(operation: str, device: torch.device) -> Callable[..., Any]:

@@ -58,6 +58,11 @@ class Plan:
     splits: int
     reason: str
 
+    def __str__(self) -> str:
+        name = self.kernel.name.lower().replace("_", " ")
+        parts = "one sum" if self.splits == 1 else f"the sum in {self.splits} parts"
+        return f"{name}, {parts}: {self.reason}"
+
 
 WARP = 32
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of one warp a cycle

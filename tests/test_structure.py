@@ -139,11 +139,17 @@ def test_every_operation_has_its_files(operation: str) -> None:
     assert (ROOT / "benchmarks" / f"bench_{operation}.py").exists()
 
 
+BESIDE_OPERATIONS = (
+    *("interface_version", "best_isa"),
+    *("matmul_general", "matmul_few_tokens", "matmul_many_tokens", "split_sum"),  # of matmul_4bit
+)
+
+
 @pytest.mark.parametrize("folder", ["kernels", "csrc/cpu", "csrc/cuda"])
 def test_a_kernel_file_is_named_after_an_operation(folder: str) -> None:
     for path in (ROOT / folder).glob("*.*"):
         if path.suffix in (".cpp", ".cu") or (path.suffix == ".py" and path.stem != "decode"):
-            assert path.stem in (*OPERATIONS, "interface_version", "best_isa")
+            assert path.stem in (*OPERATIONS, *BESIDE_OPERATIONS)
 
 
 def test_every_public_function_has_a_docstring() -> None:
