@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,29 +16,35 @@ from torch import Tensor
 
 from qlora_ref import ops
 from qlora_ref.checks import check_gradients
-from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
-
-_TENSORS = {
-    32: ("exp_avg", "exp_avg_sq"),
-    8: ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"),
-}
+from qlora_ref.codebooks import dynamic_codebook
+from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
+from qlora_ref.paging.counters import PagingReport
+from qlora_ref.paging.layout import STATE_BITS, fields
 
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay; state of 8 bytes per parameter, or 2.03 with 8 bits.
 
-    params        as for torch.optim.AdamW: tensors or groups, each group with its own options
-    lr            float, >= 0
-    betas         two floats in [0, 1)
-    eps           float, >= 0
-    weight_decay  float, >= 0; each step multiplies the parameters by 1 - lr weight_decay first
-    state_bits    32 or 8
-    paged         False; paging the state is not there yet
+    params          as for torch.optim.AdamW: tensors or groups, each group with its own options
+    lr              float, >= 0
+    betas           two floats in [0, 1)
+    eps             float, >= 0
+    weight_decay    float, >= 0; each step multiplies the parameters by 1 - lr weight_decay first
+    state_bits      32 or 8
+    paged           False; "file", "unified" or "pinned"; True: what suits the parameters' device
+    resident_bytes  int; what the pages of a paged state may occupy at once
+    page_directory  where "file" keeps them: $TMPDIR or /var/tmp unless it is given
 
     With state_bits=32 it computes what torch.optim.AdamW does, up to rounding. A parameter whose
-    gradient has always been zero only decays; one without a gradient is left alone.
-    Raises ValueError for options out of range, NotImplementedError for paged=True.
+    gradient has always been zero only decays; one without a gradient is left alone. Paged or not,
+    the bits are the same; the state of small parameters is never paged (see paged.py), that of
+    others is not in `optimizer.state` but in `state_dict()`.
+    Raises ValueError for options out of range. A step of a paged state raises OSError for a disk
+    that is full or fails; parameters and state are then as they were before it.
     """
+
+    # For an optimizer that comes from a pickle or a deepcopy: those are never paged.
+    _paged: PagedState | None = None
 
     def __init__(
         self,
@@ -47,10 +54,12 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         state_bits: int = 32,
-        paged: bool = False,
+        paged: bool | str = False,
+        resident_bytes: int = DEFAULT_RESIDENT_BYTES,
+        page_directory: Path | str | None = None,
     ) -> None:
-        if paged:
-            raise NotImplementedError("optimizer state cannot be paged yet: use paged=False")
+        if paged is not False:
+            self._paged = PagedState(paged, resident_bytes, page_directory)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -78,56 +87,127 @@ class AdamW(torch.optim.Optimizer):
         ]
         for params in trained:  # all of them, before the first one moves or is counted
             _check_gradients(params)
-        for group, params in zip(self.param_groups, trained):
-            for batch in _alike(params, self._advance(params, group["state_bits"])):
-                self._step_alike(batch, group)
+        self._make_states(trained)
+        self._count(trained, 1)
+        update = functools.partial(self._step_slices, _groups_of_params(self.param_groups))
+        if self._paged is not None:
+            try:
+                self._paged.step([p for params in trained for p in params], update)
+            except BaseException:
+                self._count(trained, -1)  # nothing else has changed
+                raise
+        update([self._whole(p) for params in trained for p in params if not self._is_paged(p)])
         return loss
 
-    def _advance(self, params: list[Tensor], state_bits: int) -> list[int]:
-        """Count the step of each parameter, after giving it a state of zeros if it has none."""
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state.update(_zero_state(param, state_bits))
-            state["step"] += 1
-        return [self.state[param]["step"] for param in params]
+    def paging_report(self) -> PagingReport | None:
+        """What is paged, bytes moved, waits; None if the state is not paged."""
+        return None if self._paged is None else self._paged.report()
 
-    def _step_alike(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[param] for param in params]
-        names = _TENSORS[group["state_bits"]]
-        tensors: list[Any] = [[state[name] for state in states] for name in names]
-        if group["state_bits"] == 8:
-            tensors += [_codebook(signed, params[0].device) for signed in (True, False)]
-        ops.adamw_step(
-            params,
-            [param.grad for param in params if param.grad is not None],
-            *tensors,
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=states[0]["step"],
-        )
+    def _is_paged(self, param: Tensor) -> bool:
+        return self._paged is not None and param in self._paged
+
+    def _make_states(self, trained: list[list[Tensor]]) -> None:
+        """A state of zeros for each parameter that has none: all of them or, on an error, none."""
+        new = [
+            (param, group["state_bits"])
+            for group, params in zip(self.param_groups, trained)
+            for param in params
+            if not self.state.get(param)
+        ]
+        large = {param for param, bits in new if self._paged is not None and is_large(param, bits)}
+        zeros = {param: _zero_state(param, bits) for param, bits in new if param not in large}
+        if self._paged is not None:
+            self._paged.add([(param, bits) for param, bits in new if param in large])
+        for param, _ in new:
+            self.state[param] = {"step": 0, **zeros.get(param, {})}
+
+    def _count(self, trained: list[list[Tensor]], steps: int) -> None:
+        for params in trained:
+            for param in params:
+                self.state[param]["step"] += steps
+
+    def _whole(self, param: Tensor) -> Slice:
+        assert param.grad is not None
+        return Slice(param, param, param.grad, self.state[param])
+
+    def _step_slices(self, groups: dict[Tensor, dict[str, Any]], slices: list[Slice]) -> None:
+        """Update parameters or parts of them; those that one call can take together, together."""
+        batches: dict[Any, list[Slice]] = {}
+        for part in slices:
+            key = (id(groups[part.owner]), self.state[part.owner]["step"], part.param.device)
+            batches.setdefault(key, []).append(part)
+        for (_, step, _), batch in batches.items():
+            _step_alike(batch, groups[batch[0].owner], step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch; a paged state comes as tensors mapped from a file, as it is now."""
+        found = super().state_dict()
+        if self._paged is not None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            keys = [key for group in found["param_groups"] for key in group["params"]]
+            tensors = self._paged.read(params)
+            for param, key in zip(params, keys):
+                if param in tensors:
+                    found["state"][key] = {**found["state"][key], **tensors[param]}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state. Raises ValueError if it does not fit these parameters."""
         if not all("state_bits" in group for group in state_dict["param_groups"]):
             raise ValueError("the saved state is of another optimizer: its groups lack state_bits")
-        params = [param for group in self.param_groups for param in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        saved = [
-            (p, state_dict["state"][k]) for p, k in zip(params, keys) if k in state_dict["state"]
-        ]
-        for param, state in saved:
-            _check_state(param, state)
-        super().load_state_dict(state_dict)
-        # PyTorch has cast the state to the dtype of the parameter. Codes and scales keep theirs.
-        for param, state in saved:
-            self.state[param] = {
-                key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
+        groups = zip(self.param_groups, state_dict["param_groups"])
+        saved = {
+            param: (key, theirs["state_bits"])
+            for mine, theirs in groups
+            for param, key in zip(mine["params"], theirs["params"])
+            if key in state_dict["state"]
+        }
+        for param, (key, bits) in saved.items():
+            _check_state(param, bits, state_dict["state"][key])
+        tensors = {
+            param: _tensors_of(state_dict["state"][key]) for param, (key, _) in saved.items()
+        }
+        pages = self._new_pages({param: bits for param, (_, bits) in saved.items()}, tensors)
+        # PyTorch would cast the tensors to the dtype of the parameter: it gets the rest only.
+        counts = {key: _without_tensors(state) for key, state in state_dict["state"].items()}
+        try:
+            super().load_state_dict({**state_dict, "state": counts})
+        except BaseException:
+            if pages is not None:
+                pages.free()
+            raise
+        if self._paged is not None and pages is not None:
+            self._paged.free()
+            self._paged = pages
+        for param, found in tensors.items():
+            if not self._is_paged(param):
+                copies = {name: t.to(param.device, copy=True) for name, t in found.items()}
+                self.state[param].update(copies)
+
+    def _new_pages(
+        self, bits: dict[Tensor, int], tensors: dict[Tensor, dict[str, Tensor]]
+    ) -> PagedState | None:
+        """Pages that hold these states, beside those that are there; None if nothing is paged."""
+        if self._paged is None:
+            return None
+        pages = self._paged.twin()
+        try:
+            large = [(param, n) for param, n in bits.items() if is_large(param, n)]
+            pages.add(large)
+            pages.write({param: tensors[param] for param, _ in large})
+        except BaseException:
+            pages.free()
+            raise
+        return pages
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy."""
+        if self._paged is not None:
+            raise TypeError(
+                "a paged optimizer cannot be copied or pickled, its state is in pages: make "
+                "another one and load_state_dict(optimizer.state_dict())"
+            )
+        return super().__getstate__()
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -136,7 +216,7 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be at least 0, got {options[name]}")
     if not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
-    if options["state_bits"] not in _TENSORS:
+    if options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
 
 
@@ -147,12 +227,26 @@ def _check_gradients(params: list[Tensor]) -> None:
     check_gradients(params, grads)
 
 
-def _alike(params: list[Tensor], steps: list[int]) -> list[list[Tensor]]:
-    """Parameters that one call can update together: those at the same step on the same device."""
-    batches: dict[Any, list[Tensor]] = {}
-    for param, step in zip(params, steps):
-        batches.setdefault((step, param.device), []).append(param)
-    return list(batches.values())
+def _groups_of_params(groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    return {param: group for group in groups for param in group["params"]}
+
+
+def _step_alike(batch: list[Slice], group: dict[str, Any], step: int) -> None:
+    names = [field.name for field in fields(group["state_bits"])]
+    tensors: list[Any] = [[part.state[name] for part in batch] for name in names]
+    if group["state_bits"] == 8:
+        tensors += [_codebook(signed, batch[0].param.device) for signed in (True, False)]
+    ops.adamw_step(
+        [part.param for part in batch],
+        [part.grad for part in batch],
+        *tensors,
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=step,
+    )
 
 
 @functools.cache
@@ -161,27 +255,24 @@ def _codebook(signed: bool, device: torch.device) -> Tensor:
     return dynamic_codebook(signed).to(device)
 
 
-def _zero_state(param: Tensor, state_bits: int) -> dict[str, Any]:
-    if state_bits == 32:
-        zeros = {name: _zeros(param, param.shape, torch.float32) for name in _TENSORS[32]}
-        return {"step": 0, **zeros}
-    blocks = -(-param.numel() // DYNAMIC_BLOCK_SIZE)
-    tables = (_codebook(signed, param.device) for signed in (True, False))
-    first_zero, second_zero = (int((table == 0).nonzero()) for table in tables)
+def _zero_state(param: Tensor, state_bits: int) -> dict[str, Tensor]:
     return {
-        "step": 0,
-        "exp_avg": _zeros(param, param.shape, torch.uint8).fill_(first_zero),
-        "exp_avg_sq": _zeros(param, param.shape, torch.uint8).fill_(second_zero),
-        "exp_avg_absmax": _zeros(param, (blocks,), torch.float32),
-        "exp_avg_sq_absmax": _zeros(param, (blocks,), torch.float32),
+        field.name: torch.full(
+            field.shape(param), field.fill, dtype=field.dtype, device=param.device
+        )
+        for field in fields(state_bits)
     }
 
 
-def _zeros(param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=param.device)
+def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _check_state(param: Tensor, state: dict[str, Any]) -> None:
+def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
+def _check_state(param: Tensor, state_bits: int, state: dict[str, Any]) -> None:
     moment = state.get("exp_avg")
     if not isinstance(moment, Tensor) or moment.shape != param.shape:
         found = tuple(moment.shape) if isinstance(moment, Tensor) else sorted(state)
@@ -189,3 +280,13 @@ def _check_state(param: Tensor, state: dict[str, Any]) -> None:
             f"the saved state is of another model: a parameter of shape {tuple(param.shape)} "
             f"meets a state of {found}"
         )
+    for field in fields(state_bits):
+        value = state.get(field.name)
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (
+            field.shape(param),
+            field.dtype,
+        ):
+            raise ValueError(
+                f"the saved state has no {field.name} of {field.dtype} in shape "
+                f"{tuple(field.shape(param))}, which a state of {state_bits} bits has"
+            )

@@ -318,11 +318,6 @@ def test_bad_option_is_named_for_all_and_for_a_group(options: dict[str, Any], me
     assert len(optimizer.param_groups) == 1
 
 
-def test_paged_state_is_not_there_yet() -> None:
-    with pytest.raises(NotImplementedError, match="use paged=False"):
-        AdamW([parameter()], paged=True)
-
-
 # A parameter that cannot be stepped, and its gradient.
 
 

@@ -26,8 +26,8 @@ LAYERS = [
     {"torch_library"},
     {"ops"},
     {"quantized"},
-    {"tensor_format"},
-    {"module4bit", "data"},
+    {"tensor_format", "paging"},
+    {"module4bit", "data", "paged"},
     {"linear", "optim"},
     {"lora", "evaluate"},
     {"convert", "memory", "adapter", "checkpoint"},
@@ -42,6 +42,8 @@ OUTSIDE = {
     "packing": {"torch"},
     "reference": {"torch"},
     "checks": {"torch"},
+    "paging": {"torch"},
+    "paged": {"torch"},
     "ops": {"torch"},
 }
 

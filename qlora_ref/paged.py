@@ -1,0 +1,284 @@
+"""Optimizer state that is larger than the fast memory: when each page comes and when it goes.
+
+A step walks the pages in one fixed order: while it works on one, the next ones are on their way in
+and the last ones on their way out. Hooks start that walk's first pages during the last backward
+before the step, so that they are there when it begins. Where pages are: paging/.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_ref.paging.counters import Counters, PagingReport
+from qlora_ref.paging.file_tier import FileTier
+from qlora_ref.paging.files import default_directory, mapped_file
+from qlora_ref.paging.layout import Piece, cut_pages, fields, state_bytes
+from qlora_ref.paging.tier import Tier
+from qlora_ref.paging.undo import Undo
+
+MODES = ("file", "unified", "pinned")
+DEFAULT_RESIDENT_BYTES = 256 << 20
+# Smaller states stay in memory: a page's worth of them costs more bookkeeping than it saves room.
+SMALLEST_PAGED_STATE = 64 << 10  # bytes
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A parameter or a part of it that a step updates, with the state of just that part."""
+
+    owner: Tensor  # the parameter
+    param: Tensor
+    grad: Tensor
+    state: Mapping[str, Tensor]
+
+
+Update = Callable[[list[Slice]], None]
+
+
+def is_large(param: Tensor, state_bits: int) -> bool:
+    """Whether the state of a parameter is paged: from SMALLEST_PAGED_STATE bytes on."""
+    return state_bytes(param.numel(), state_bits) >= SMALLEST_PAGED_STATE
+
+
+class PagedState:
+    """The state of the parameters of one optimizer, in pages of one tier.
+
+    The states of parameters on the CPU go to a file, those of parameters on a GPU to managed or
+    pinned memory.
+    """
+
+    def __init__(
+        self,
+        mode: str | bool,
+        resident_bytes: int = DEFAULT_RESIDENT_BYTES,
+        directory: Path | str | None = None,
+        make_tier: Callable[..., Tier] | None = None,
+    ) -> None:
+        if mode is not True and mode not in MODES:
+            raise ValueError(f"paged must be False, True or one of {', '.join(MODES)}, got {mode}")
+        self._options = (mode, resident_bytes, directory)
+        self._make_tier = make_tier or _make_tier
+        self._tier: Tier | None = None
+        self._pages: list[list[Piece]] = []  # by the tier's number of the page
+        self._fresh: set[int] = set()  # pages of which no step has been completed
+        self._pages_of: dict[Tensor, list[int]] = {}
+        self._order: list[int] = []  # the streamed pages of the last step
+        self._hooks: dict[Tensor, Any] = {}
+        self._arrivals: dict[Tensor, int] = {}  # gradients of each parameter since the last step
+        self._expected: dict[Tensor, int] = {}  # and how many there were before the last step
+        self._ahead = False
+        weakref.finalize(self, _remove_hooks, self._hooks)
+
+    def __contains__(self, param: Tensor) -> bool:
+        return param in self._pages_of
+
+    def add(self, params: list[tuple[Tensor, int]]) -> None:
+        """Make pages for parameters, given with the bits of their state.
+
+        For all of them or, where an error is raised, for none.
+        """
+        if not params:
+            return
+        tier = self._tier_for({param.device for param, _ in params})
+        pages = cut_pages(params, tier.page_bytes)
+        sizes = [pieces[-1].offset + pieces[-1].nbytes for pieces in pages]
+        numbers = tier.allocate(sizes)
+        self._pages += pages
+        self._fresh |= set(numbers)
+        for number, pieces in zip(numbers, pages):
+            for piece in pieces:
+                self._pages_of.setdefault(piece.param, []).append(number)
+        for param, _ in params:
+            self._watch(param)
+
+    def step(self, trained: Iterable[Tensor], update: Update) -> None:
+        """Update the paged parameters among these: all of them or, if an error is raised, none."""
+        chosen = {param for param in trained if param in self}
+        self._expected, self._arrivals, self._ahead = self._arrivals, {}, False
+        if self._tier is None or not chosen:
+            return
+        numbers = sorted({page for param in chosen for page in self._pages_of[param]})
+        staying = [page for page in numbers if not self._tier.is_streamed(page)]
+        streamed = [page for page in numbers if self._tier.is_streamed(page)]
+        self._step_streamed(self._tier, streamed, chosen, update)
+        # Nothing here waits for a disk: it cannot fail once the streamed pages are done.
+        parts = [part for page in staying for part in self._slices(self._tier, page, chosen)]
+        if parts:
+            update(parts)
+        self._fresh -= set(numbers)
+
+    def read(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of parameters as whole tensors, mapped from a file: they need no memory."""
+        chosen = [param for param in params if param in self]
+        found = {param: self._mapped_state(param) for param in chosen}
+        for piece, views in self._walk(set(chosen), changed=False):
+            for name, value in views.items():
+                piece.part_of_state(name, found[piece.param][name]).copy_(value)
+        return found
+
+    def write(self, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Set the state of parameters whose pages no step has used yet."""
+        if self._tier is None or not states:
+            return
+        self._tier.begin()
+        for piece, views in self._walk(set(states), changed=True):
+            for name, value in views.items():
+                value.copy_(piece.part_of_state(name, states[piece.param][name].contiguous()))
+        self._tier.commit()
+        self._fresh.clear()
+
+    def report(self) -> PagingReport:
+        """What is paged, and what moving it has cost so far."""
+        tier = self._tier
+        if tier is None:
+            return PagingReport("nothing yet", 0, 0, 0, self._options[1], Counters())
+        sizes = [sum(piece.nbytes for piece in pieces) for pieces in self._pages]
+        streamed = sum(size for page, size in enumerate(sizes) if tier.is_streamed(page))
+        return PagingReport(
+            tier.mode,
+            len(sizes),
+            sum(sizes),
+            streamed,
+            tier.resident_bytes,
+            replace(tier.counters),
+        )
+
+    def free(self) -> None:
+        """Give all pages back."""
+        _remove_hooks(self._hooks)
+        self._pages_of, self._pages, self._order = {}, [], []
+        if self._tier is not None:
+            self._tier.free()
+
+    def twin(self) -> PagedState:
+        """An empty one with the same options."""
+        mode, resident_bytes, directory = self._options
+        return PagedState(mode, resident_bytes, directory, self._make_tier)
+
+    def _tier_for(self, devices: set[torch.device]) -> Tier:
+        if len(devices) > 1:
+            raise ValueError(
+                "the state of one optimizer is paged on one device: use an optimizer for each of "
+                f"{', '.join(sorted(map(str, devices)))}"
+            )
+        if self._tier is None:
+            self._tier = self._make_tier(*self._options, next(iter(devices)))
+        return self._tier
+
+    def _step_streamed(
+        self, tier: Tier, pages: list[int], chosen: set[Tensor], update: Update
+    ) -> None:
+        for page in set(self._order) - set(pages):  # brought in by a hook, and not needed
+            tier.evict(page, changed=False)
+        self._order = pages
+        if not pages:
+            return
+        undo = None
+        tier.begin()
+        try:
+            undo = self._undo(tier, pages, chosen)
+            tier.prefetch(pages)
+            for page in pages:
+                parts = self._slices(tier, page, chosen)
+                if undo is not None:
+                    undo.save(part.param for part in parts)
+                update(parts)
+                tier.evict(page)
+            tier.commit()
+        except BaseException:
+            tier.rollback()
+            if undo is not None:
+                undo.restore()
+            raise
+
+    def _undo(self, tier: Tier, pages: list[int], chosen: set[Tensor]) -> Undo | None:
+        if not isinstance(tier, FileTier):
+            return None
+        pieces = [piece for page in pages for piece in self._pages[page] if piece.param in chosen]
+        return Undo((piece.part(piece.param) for piece in pieces), tier.directory)
+
+    def _slices(self, tier: Tier, page: int, chosen: set[Tensor]) -> list[Slice]:
+        """The parts of the chosen parameters whose state is in a page, which is brought in."""
+        data = self._open(tier, page)
+        return [
+            Slice(p.param, p.part(p.param), p.part(p.param.grad), p.views(data))
+            for p in self._pages[page]
+            if p.param in chosen and p.param.grad is not None
+        ]
+
+    def _open(self, tier: Tier, page: int) -> Tensor:
+        data = tier.touch(page)
+        if page in self._fresh:
+            for piece in self._pages[page]:
+                piece.fill(data)
+        return data
+
+    def _walk(
+        self, chosen: set[Tensor], changed: bool
+    ) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        """Each piece of the chosen parameters with the tensors of its state."""
+        tier = self._tier
+        if tier is None or not chosen:
+            return
+        numbers = sorted({page for param in chosen for page in self._pages_of[param]})
+        tier.prefetch(numbers)
+        for page in numbers:
+            data = self._open(tier, page)
+            for piece in self._pages[page]:
+                if piece.param in chosen:
+                    yield piece, piece.views(data)
+            tier.evict(page, changed)
+
+    def _mapped_state(self, param: Tensor) -> dict[str, Tensor]:
+        bits = self._pages[self._pages_of[param][0]]
+        state_bits = next(piece.state_bits for piece in bits if piece.param is param)
+        directory = self._options[2]
+        found = {}
+        for field in fields(state_bits):
+            data = mapped_file(field.nbytes(param.numel()), Path(directory or default_directory()))
+            found[field.name] = data.view(field.dtype).view(field.shape(param))
+        return found
+
+    def _watch(self, param: Tensor) -> None:
+        """Have the first pages brought in by the last backward before a step."""
+        if param in self._hooks or not (param.is_leaf and param.requires_grad):
+            return
+        this = weakref.ref(self)
+
+        def arrived(param: Tensor) -> None:
+            state = this()
+            if state is not None:
+                state._arrived(param)
+
+        self._hooks[param] = param.register_post_accumulate_grad_hook(arrived)
+
+    def _arrived(self, param: Tensor) -> None:
+        """A gradient is there: if as many came before the last step, this backward is the last."""
+        self._arrivals[param] = self._arrivals.get(param, 0) + 1
+        last = self._arrivals[param] >= self._expected.get(param, 1)
+        if last and not self._ahead and self._tier is not None:
+            self._ahead = True
+            self._tier.prefetch(self._order)
+
+
+def _make_tier(
+    mode: str | bool, resident_bytes: int, directory: Path | str | None, device: torch.device
+) -> Tier:
+    if device.type != "cpu":
+        raise ValueError(f"paged={mode!r} does not serve {device} yet")
+    if mode not in (True, "file"):
+        raise ValueError(f'paged="{mode}" is for parameters on a GPU: use "file" on the CPU')
+    return FileTier(Path(directory or default_directory()), resident_bytes)
+
+
+def _remove_hooks(hooks: dict[Tensor, Any]) -> None:
+    for handle in hooks.values():
+        handle.remove()
+    hooks.clear()
