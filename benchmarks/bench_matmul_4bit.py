@@ -3,6 +3,11 @@
     python benchmarks/bench_matmul_4bit.py
     python benchmarks/bench_matmul_4bit.py --shapes 11008x4096 --tokens 1 4 --dtypes bfloat16
 
+As on a processor with AVX2 and no more, for ours and for the peers that can be told so:
+
+    QLORA_REF_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
+      MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/bench_matmul_4bit.py
+
 Each row is one product: milliseconds of ours, GFLOP/s, and for each peer its time divided by ours
 (above 1 we are faster). `read` is the time that reading the codes and scales alone takes, divided
 by ours: the share of that limit which few tokens reach.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlora_ref import quantize
+from qlora_ref import dispatch, quantize
 
 BLOCK_SIZE = 64  # of every format here
 
@@ -78,6 +78,8 @@ class Weights:
             blocksize=BLOCK_SIZE,
             compress_statistics=False,  # our scales are not quantised here either
         )
+        if not may_use_bfloat16_instructions():
+            layer.support_avx512bf16_for_cpu = False
         return layer.to("cpu")  # quantises
 
     @cached_property
@@ -98,6 +100,11 @@ class Weights:
     @cached_property
     def int4_packed(self) -> Tensor:
         return torch._convert_weight_to_int4pack_for_cpu(self.int4_codes, 1)
+
+
+def may_use_bfloat16_instructions() -> bool:
+    """Not where ours are kept from it: the peers then have no more than we do."""
+    return dispatch.forced_isa() not in ("baseline", "avx2", "avx512")
 
 
 def is_installed(*modules: str) -> bool:
@@ -157,8 +164,9 @@ def _openvino(x: Tensor, weights: Weights) -> Callable[[], Tensor]:
     matrix = op.reshape(restored, op.constant([rows, columns]), False)
     parameter = op.parameter([tokens, columns], ov.Type.f32)
     model = ov.Model([op.matmul(parameter, matrix, False, True)], [parameter])
+    is_narrow = x.dtype == torch.bfloat16 and may_use_bfloat16_instructions()
     options = {
-        "INFERENCE_PRECISION_HINT": "bf16" if x.dtype == torch.bfloat16 else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if is_narrow else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
