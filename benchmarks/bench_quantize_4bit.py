@@ -14,7 +14,7 @@ from measure import (
 )
 from torch import Tensor
 
-from qlora_ref import codebooks, ops
+from qlora_ref import codebooks, dispatch, native, ops
 
 READ = "read"  # the largest of as many bytes, taken as integers
 
@@ -31,9 +31,16 @@ def measure(x: Tensor, repeats: int) -> None:
         candidates[PEER] = lambda: bnb.quantize_4bit(x, quant_type="nf4")
         assert torch.equal(bnb.quantize_4bit(x, quant_type="nf4")[0].flatten(), packed)
     candidates[READ] = lambda: x.view(torch.int32).max()
+    operations = native.load("cpu", "quantize_4bit", dispatch.forced_isa()).__self__
     for _ in each_thread_count():
         title = f"quantize_4bit {tuple(x.shape)} {x.dtype}, a fresh output each time"
         report(title, medians(candidates, repeats), x.nbytes, limit=READ)
+        used = {
+            "cpu": lambda: operations.quantize_into(packed, absmax, "quantize_4bit", x, nf4, 64),
+            READ: candidates[READ],
+        }
+        title = f"quantize_4bit {tuple(x.shape)} {x.dtype}, the same output each time"
+        report(title, medians(used, repeats), x.nbytes, limit=READ)
 
 
 def main() -> None:

@@ -34,20 +34,28 @@ class Operations:
 
     def quantize_4bit(self, x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         packed = self._new((x.numel() + 1) // 2, torch.uint8, x)
-        return packed, self._quantize("quantize_4bit", x, codebook, block_size, packed)
+        absmax = self._new(-(-x.numel() // block_size), torch.float32, x)
+        self.quantize_into(packed, absmax, "quantize_4bit", x, codebook, block_size)
+        return packed, absmax
 
     def quantize_8bit(self, x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         codes = self._new(x.shape, torch.uint8, x)
-        return codes, self._quantize("quantize_8bit", x, codebook, block_size, codes)
+        absmax = self._new(-(-x.numel() // block_size), torch.float32, x)
+        self.quantize_into(codes, absmax, "quantize_8bit", x, codebook, block_size)
+        return codes, absmax
 
-    def _quantize(
-        self, name: str, x: Tensor, codebook: Tensor, block_size: int, codes: Tensor
-    ) -> Tensor:
-        n = x.numel()
-        absmax = self._new(-(-n // block_size), torch.float32, x)
-        inputs = (x.contiguous(), DTYPES[x.dtype], n, codebook.contiguous(), block_size)
+    def quantize_into(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        name: str,
+        x: Tensor,
+        codebook: Tensor,
+        block_size: int,
+    ) -> None:
+        """quantize_4bit or quantize_8bit into tensors that are there already."""
+        inputs = (x.contiguous(), DTYPES[x.dtype], x.numel(), codebook.contiguous(), block_size)
         self._call(name, x.device, *inputs, codes, absmax)
-        return absmax
 
     def dequantize_4bit(
         self,
