@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from qlora_ref.settings import Settings
+from qlora_ref.settings import OPTIMIZERS, Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,7 +91,13 @@ def finetune(
     ] = _DEFAULT.max_grad_norm,
     weight_decay: Annotated[float, typer.Option(help="of the adapters")] = _DEFAULT.weight_decay,
     beta2: Annotated[float, typer.Option(help="of AdamW")] = _DEFAULT.beta2,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit")] = _DEFAULT.optimizer,
+    optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))] = _DEFAULT.optimizer,
+    resident_bytes: Annotated[
+        int, typer.Option(help="that pages of a paged optimizer may occupy; 0: 256 MiB")
+    ] = _DEFAULT.resident_bytes,
+    page_directory: Annotated[
+        str, typer.Option(help="of a paged optimizer on the CPU; else $TMPDIR or /var/tmp")
+    ] = _DEFAULT.page_directory,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="recompute activations in the backward")
     ] = _DEFAULT.gradient_checkpointing,
@@ -291,6 +297,8 @@ def _print_result(result: Any) -> None:
     _console.print(f"{result.after.tokens} held-out tokens; {result.lora}", soft_wrap=True)
     _console.print(f"{result.tokens_per_second:.0f} tokens a second (median step)")
     _console.print(str(result.memory), highlight=False, soft_wrap=True)
+    if result.paging is not None:
+        _console.print(str(result.paging), highlight=False, soft_wrap=True)
     for when, text in result.samples.items():
         _console.print(f"[bold]sample {when}[/bold] {escape(text)}", highlight=False)
     _console.print(f"adapter, log and report in {escape(str(result.output))}")

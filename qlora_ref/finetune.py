@@ -43,6 +43,7 @@ from qlora_ref.memory import MemoryReport, memory_report, resident_bytes
 from qlora_ref.models import load_model, load_tokenizer
 from qlora_ref.module4bit import layers_4bit
 from qlora_ref.optim import AdamW
+from qlora_ref.paging.counters import PagingReport
 from qlora_ref.settings import OPTIMIZERS, Settings, choose_dtype, learning_rate
 from qlora_ref.training_state import (
     check_identity,
@@ -51,6 +52,9 @@ from qlora_ref.training_state import (
     load_state,
     save_state,
 )
+
+# Settings that change where things are, not what comes out.
+_NOT_IDENTITY = ("data", "resident_bytes", "page_directory")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Result:
     tokens_per_second: float
     lora: LoraReport
     memory: MemoryReport
+    paging: PagingReport | None
     output: Path
     samples: dict[str, str] = field(default_factory=dict)
 
@@ -146,6 +151,7 @@ def finetune(
         tokens_per_second=_median([log["tokens_per_second"] for log in logs]),
         lora=run.lora,
         memory=memory_report(run.model, run.optimizer, _first_batch(run)),
+        paging=run.optimizer.paging_report(),
         output=output,
         samples=samples,
     )
@@ -181,16 +187,27 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
         lr=settings.learning_rate,
         betas=(0.9, settings.beta2),
         weight_decay=settings.weight_decay,
-        state_bits=OPTIMIZERS[settings.optimizer],
+        **_state_options(settings),
     )
     identity = {
-        **{key: value for key, value in asdict(settings).items() if key != "data"},
+        **{key: value for key, value in asdict(settings).items() if key not in _NOT_IDENTITY},
         "compute_dtype": str(dtype),
         "base_sha256": fingerprint_base(model),
         "text_sha256": fingerprint(examples),
     }
     model.train()
     return _Run(settings, model, tokenizer, train, held_out, lora, optimizer, device, identity)
+
+
+def _state_options(settings: Settings) -> dict[str, Any]:
+    """Where AdamW keeps its state, and in how many bits."""
+    state_bits, paged = OPTIMIZERS[settings.optimizer]
+    given = {name: getattr(settings, name) for name in ("resident_bytes", "page_directory")}
+    return {
+        "state_bits": state_bits,
+        "paged": paged,
+        **{name: value for name, value in given.items() if value},
+    }
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -315,6 +332,8 @@ def _write_report(result: Result, settings: Settings) -> None:
         "memory": result.memory.as_dict(),
         "samples": result.samples,
     }
+    if result.paging is not None:
+        report["paging"] = asdict(result.paging)
     with written_aside(result.output / "report.json") as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n")
 

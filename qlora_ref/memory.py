@@ -16,6 +16,7 @@ from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
 from qlora_ref.evaluate import count_targets, summed_loss
 from qlora_ref.lora import lora_layers
 from qlora_ref.module4bit import Module4bit, layers_4bit
+from qlora_ref.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def memory_report(
     dense = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     alive, gradients = _run_step(model, batch, trained)
     states = (tensor for state in optimizer.state.values() for tensor in state.values())
+    paging = optimizer.paging_report() if isinstance(optimizer, AdamW) else None
+    state_size = _size(states) + (paging.state_bytes if paging else 0)
     return MemoryReport(
         [
             Item("4-bit codes", _size(layer.weight for layer in layers), values // 2, "n / 2"),
@@ -80,7 +83,7 @@ def memory_report(
             Item("other weights", _size(dense), None, "embeddings, norms, output head"),
             Item("adapters", _size(trained), rank_sum * width, f"{width} r (N + K)"),
             Item("gradients", gradients, rank_sum * width, f"{width} r (N + K)"),
-            Item("optimizer state", _size(states), state_bytes, state_formula),
+            Item("optimizer state", state_size, state_bytes, state_formula),
             _activations_item(model, batch, alive),
         ]
     )

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-OPTIMIZERS = {"adamw": 32, "adamw_8bit": 8}  # name -> bits of its state
+# name -> bits of its state, and whether that is paged
+OPTIMIZERS = {
+    "adamw": (32, False),
+    "adamw_32bit": (32, False),
+    "adamw_8bit": (8, False),
+    "paged_adamw": (32, True),
+    "paged_adamw_32bit": (32, True),
+    "paged_adamw_8bit": (8, True),
+}
 SCHEDULES = ("constant", "cosine")
 
 
@@ -39,6 +47,8 @@ class Settings:
     weight_decay: float = 0.0
     beta2: float = 0.999
     optimizer: str = "adamw"
+    resident_bytes: int = 0  # what pages of a paged optimizer may occupy; 0: AdamW's default
+    page_directory: str = ""  # where they are on the CPU; "": AdamW's default
     gradient_checkpointing: bool = True
     held_out: float = 0.1  # share of the text
     evaluation_sequences: int = 64

@@ -32,6 +32,8 @@ _SLOTS = 16
 _SMALLEST_RESIDENT = _SLOTS * 64 << 10
 # A disk reads and writes at once, and is the faster for having the next request at hand.
 _THREADS = 4
+_STACK = 256 << 10
+_ATTEMPTS = 2  # to read a page: what a disk cannot read twice, it cannot read
 _UNDONE = "parameters and optimizer state are as they were before the step"
 
 
@@ -160,7 +162,6 @@ class FileTier(Tier):
         self._settle()
         with self._changed:
             for page in self._in_step:
-                page.error = None
                 self._release(page)
             self._in_step.clear()
 
@@ -179,27 +180,33 @@ class FileTier(Tier):
         return self._file
 
     def _reserve_slots(self) -> None:
-        """Have all slots before the first step: it cannot then run out of memory half-way."""
+        """Have slots and threads before the first step: it must not run out of memory half-way."""
         if not self._free_slots and not any(page.places for page in self._pages):
             slots = [memory(self.page_bytes) for _ in range(self._room_to_stream)]
+            _start_threads(self._pool)
             self._free_slots = slots
 
     def _bring(self, page: _Page) -> None:
-        """Wait until a page is in its slot and no thread works on it."""
+        """Wait until a page is in its slot and no thread works on it; a failed read is repeated."""
         with self._changed:
             page.wanted = True
             asked = page.slot is not None or page in self._queue
-            if not asked:
-                page.error = None  # of an earlier attempt to read it
-                self._queue.insert(0, page)
-                self._pump()
             self._count(asked, ready=page.slot is not None and not page.moving)
             with self._clock.stall():
-                while page.moving or (page.slot is None and page.error is None):
-                    self._raise_if_nothing_moves()
-                    self._changed.wait()
-            if page.slot is None and page.error is not None:
-                raise page.error
+                for _ in range(_ATTEMPTS):
+                    self._ask(page)
+                    while page.moving or page in self._queue:
+                        if not self._make_room():
+                            self._changed.wait()
+                    if page.slot is not None:
+                        return
+            assert page.error is not None
+            raise page.error
+
+    def _ask(self, page: _Page) -> None:
+        if page.slot is None and page not in self._queue:
+            self._queue.insert(0, page)
+            self._pump()
 
     def _count(self, asked: bool, ready: bool) -> None:
         if not asked:
@@ -209,11 +216,16 @@ class FileTier(Tier):
         else:
             self.counters.stalls += 1
 
-    def _raise_if_nothing_moves(self) -> None:
-        """Slots whose pages could not be written do not become free."""
-        if not any(page.moving for page in self._pages):
-            self._raise_unwritten()
+    def _make_room(self) -> bool:
+        """If no slot will become free by itself, take one from a page that came too early."""
+        if any(page.moving for page in self._pages):
+            return False
+        self._raise_unwritten()
+        idle = [p for p in self._pages if p.places and p.slot and p not in self._in_step]
+        if not idle:
             raise RuntimeError("every slot holds a page that is still in use")
+        self._release(idle[-1])
+        return True
 
     def _raise_unwritten(self) -> None:
         for page in self._pages:
@@ -233,8 +245,8 @@ class FileTier(Tier):
         self._changed.notify_all()
 
     def _start(self, page: _Page, move: Callable[[_Page, int], None], place: int) -> None:
-        page.moving, page.error = True, None
         self._pool.submit(move, page, place)
+        page.moving, page.error = True, None
 
     def _read(self, page: _Page, place: int) -> None:
         error = self._move(page, PageFile.read, place, "read from")
@@ -277,6 +289,20 @@ class FileTier(Tier):
         """Wait until nothing moves."""
         with self._changed:
             self._changed.wait_for(lambda: not any(page.moving for page in self._pages))
+
+
+def _start_threads(pool: ThreadPoolExecutor) -> None:
+    """The pool would start them one by one, with stacks of 8 MiB each."""
+    all_there = threading.Barrier(_THREADS)
+    before = threading.stack_size(_STACK)
+    try:
+        for _ in range(_THREADS):
+            pool.submit(all_there.wait)
+    except RuntimeError as error:
+        all_there.abort()
+        raise MemoryError("no memory for the threads of the pages; nothing has changed") from error
+    finally:
+        threading.stack_size(before)
 
 
 def _shut_down(pool: ThreadPoolExecutor, close: Callable[[], None]) -> None:
