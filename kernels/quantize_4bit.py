@@ -1,0 +1,143 @@
+"""Values to 4-bit codes: a block's absmax, then the nearest level of each value, two a byte."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decode import (
+    OPTIONS,
+    TILE,
+    largest_magnitude,
+    nearest_code,
+    nearest_table,
+    normalise,
+    widen,
+)
+
+# Blocks up to here are rows of a tile, longer ones are gone through by one program each.
+LONGEST_ROW = 4096
+
+
+def quantize_4bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """See qlora_ref/ops.py."""
+    n = x.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
+    if n == 0:
+        return packed, absmax
+    x, table = x.contiguous(), nearest_table(codebook)
+    tensors = (x, packed, absmax, table.entries, table.thresholds, table.codes)
+    if block_size <= LONGEST_ROW:
+        width = triton.next_power_of_2(block_size)
+        rows = max(1, TILE // width)
+        grid = (triton.cdiv(len(absmax), rows),)
+        sizes = {"ROWS": rows, "PAIRS": width // 2}
+        _quantize_rows[grid](
+            *tensors, n, block_size, table.zero, **sizes, **table.constants(), **OPTIONS
+        )
+    else:
+        sizes = {"PAIRS": TILE // 2}
+        # No block is longer than the tensor: sizes then fit into 64 bits with room to add.
+        size = min(block_size, n + n % 2)
+        _quantize_long_block[(len(absmax),)](
+            *tensors, n, size, table.zero, **sizes, **table.constants(), **OPTIONS
+        )
+    return packed, absmax
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr,  # (n,)
+    packed_ptr,  # uint8 (ceil(n / 2),)
+    absmax_ptr,  # float32 (blocks,)
+    entries_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    n,
+    block_size,
+    zero,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    COMPARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = tl.arange(0, 2 * PAIRS)[None, :]
+    position = block[:, None] * block_size + inside
+    mask = (inside < block_size) & (position < n)
+    x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
+    absmax = largest_magnitude(x, 1)
+    tl.store(absmax_ptr + block, absmax, mask=block * block_size < n)
+    code = nearest_code(
+        normalise(x, absmax[:, None]),
+        entries_ptr,
+        thresholds_ptr,
+        codes_ptr,
+        LOWEST,
+        HALF,
+        SHIFT,
+        COMPARES,
+        ORDERED,
+    )
+    _store_pairs(packed_ptr, code, position, mask, zero, ROWS, PAIRS)
+
+
+@triton.jit
+def _store_pairs(packed_ptr, code, position, mask, zero, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """Two codes a byte, the even one high; beyond the last value stands the code of zero."""
+    code = tl.where(mask, code, zero)
+    high, low = tl.split(tl.reshape(code, (ROWS, PAIRS, 2)))
+    even, _ = tl.split(tl.reshape(position, (ROWS, PAIRS, 2)))
+    is_there, _ = tl.split(tl.reshape(mask.to(tl.int32), (ROWS, PAIRS, 2)))
+    tl.store(packed_ptr + even // 2, (high * 16 + low).to(tl.uint8), mask=is_there > 0)
+
+
+@triton.jit
+def _quantize_long_block(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    entries_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    n,
+    block_size,
+    zero,
+    PAIRS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    COMPARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * block_size
+    end = tl.minimum(start + block_size, n)
+    largest = tl.zeros((2 * PAIRS,), tl.int32)
+    for first in range(start, end, 2 * PAIRS):
+        position = first + tl.arange(0, 2 * PAIRS)
+        x = widen(tl.load(x_ptr + position, mask=position < end, other=0.0))
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    absmax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    tl.store(absmax_ptr + tl.program_id(0), absmax)
+    for first in range(start, end, 2 * PAIRS):
+        position = (first + tl.arange(0, 2 * PAIRS))[None, :]
+        mask = position < end
+        x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
+        code = nearest_code(
+            normalise(x, absmax),
+            entries_ptr,
+            thresholds_ptr,
+            codes_ptr,
+            LOWEST,
+            HALF,
+            SHIFT,
+            COMPARES,
+            ORDERED,
+        )
+        _store_pairs(packed_ptr, code, position, mask, zero, 1, PAIRS)

@@ -1,0 +1,126 @@
+"""Values to 8-bit codes: a block's absmax, then the nearest level of each value."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decode import (
+    OPTIONS,
+    TILE,
+    largest_magnitude,
+    nearest_code,
+    nearest_table,
+    normalise,
+    widen,
+)
+
+LONGEST_ROW = 4096  # as in quantize_4bit.py
+
+
+def quantize_8bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """See qlora_ref/ops.py."""
+    n = x.numel()
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
+    if n == 0:
+        return codes, absmax
+    table = nearest_table(codebook)
+    tensors = (x.contiguous(), codes, absmax, table.entries, table.thresholds, table.codes)
+    if block_size <= LONGEST_ROW:
+        width = triton.next_power_of_2(block_size)
+        rows = max(1, TILE // width)
+        grid = (triton.cdiv(len(absmax), rows),)
+        sizes = {"ROWS": rows, "WIDTH": width}
+        _quantize_rows[grid](*tensors, n, block_size, **sizes, **table.constants(), **OPTIONS)
+    else:
+        size = min(block_size, n)
+        sizes = {"WIDTH": TILE}
+        _quantize_long_block[(len(absmax),)](
+            *tensors, n, size, **sizes, **table.constants(), **OPTIONS
+        )
+    return codes, absmax
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr,  # (n,)
+    y_ptr,  # uint8 (n,)
+    absmax_ptr,  # float32 (blocks,)
+    entries_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    n,
+    block_size,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    COMPARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = tl.arange(0, WIDTH)[None, :]
+    position = block[:, None] * block_size + inside
+    mask = (inside < block_size) & (position < n)
+    x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
+    absmax = largest_magnitude(x, 1)
+    tl.store(absmax_ptr + block, absmax, mask=block * block_size < n)
+    code = nearest_code(
+        normalise(x, absmax[:, None]),
+        entries_ptr,
+        thresholds_ptr,
+        codes_ptr,
+        LOWEST,
+        HALF,
+        SHIFT,
+        COMPARES,
+        ORDERED,
+    )
+    tl.store(y_ptr + position, code.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _quantize_long_block(
+    x_ptr,
+    y_ptr,
+    absmax_ptr,
+    entries_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    n,
+    block_size,
+    WIDTH: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    COMPARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * block_size
+    end = tl.minimum(start + block_size, n)
+    largest = tl.zeros((WIDTH,), tl.int32)
+    for first in range(start, end, WIDTH):
+        position = first + tl.arange(0, WIDTH)
+        x = widen(tl.load(x_ptr + position, mask=position < end, other=0.0))
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    absmax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+    tl.store(absmax_ptr + tl.program_id(0), absmax)
+    for first in range(start, end, WIDTH):
+        position = first + tl.arange(0, WIDTH)
+        x = widen(tl.load(x_ptr + position, mask=position < end, other=0.0))
+        code = nearest_code(
+            normalise(x, absmax),
+            entries_ptr,
+            thresholds_ptr,
+            codes_ptr,
+            LOWEST,
+            HALF,
+            SHIFT,
+            COMPARES,
+            ORDERED,
+        )
+        tl.store(y_ptr + position, code.to(tl.uint8), mask=position < end)
