@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_ref.paging.counters import Counters, PagingReport
+from qlora_ref.paging.cuda_calls import TorchCuda
+from qlora_ref.paging.cuda_tiers import PinnedTier, UnifiedTier
 from qlora_ref.paging.file_tier import FileTier
 from qlora_ref.paging.files import default_directory, mapped_file
 from qlora_ref.paging.layout import Piece, cut_pages, fields, state_bytes
@@ -59,12 +61,10 @@ class PagedState:
         mode: str | bool,
         resident_bytes: int = DEFAULT_RESIDENT_BYTES,
         directory: Path | str | None = None,
-        make_tier: Callable[..., Tier] | None = None,
     ) -> None:
         if mode is not True and mode not in MODES:
             raise ValueError(f"paged must be False, True or one of {', '.join(MODES)}, got {mode}")
         self._options = (mode, resident_bytes, directory)
-        self._make_tier = make_tier or _make_tier
         self._tier: Tier | None = None
         self._pages: list[list[Piece]] = []  # by the tier's number of the page
         self._fresh: set[int] = set()  # pages of which no step has been completed
@@ -159,8 +159,7 @@ class PagedState:
 
     def twin(self) -> PagedState:
         """An empty one with the same options."""
-        mode, resident_bytes, directory = self._options
-        return PagedState(mode, resident_bytes, directory, self._make_tier)
+        return PagedState(*self._options)
 
     def _tier_for(self, devices: set[torch.device]) -> Tier:
         if len(devices) > 1:
@@ -169,7 +168,7 @@ class PagedState:
                 f"{', '.join(sorted(map(str, devices)))}"
             )
         if self._tier is None:
-            self._tier = self._make_tier(*self._options, next(iter(devices)))
+            self._tier = make_tier(*self._options, next(iter(devices)))
         return self._tier
 
     def _step_streamed(
@@ -268,14 +267,21 @@ class PagedState:
             self._tier.prefetch(self._order)
 
 
-def _make_tier(
+def make_tier(
     mode: str | bool, resident_bytes: int, directory: Path | str | None, device: torch.device
 ) -> Tier:
-    if device.type != "cpu":
-        raise ValueError(f"paged={mode!r} does not serve {device} yet")
-    if mode not in (True, "file"):
-        raise ValueError(f'paged="{mode}" is for parameters on a GPU: use "file" on the CPU')
-    return FileTier(Path(directory or default_directory()), resident_bytes)
+    """The tier of a mode for parameters on a device; True is what suits the device best."""
+    if device.type == "cpu":
+        if mode not in (True, "file"):
+            raise ValueError(f'paged="{mode}" is for parameters on a GPU: use "file" on the CPU')
+        return FileTier(Path(directory or default_directory()), resident_bytes)
+    if device.type != "cuda":
+        raise ValueError(f"optimizer state cannot be paged on {device}: use paged=False")
+    if mode == "file":
+        raise ValueError(f'paged="file" is for parameters on the CPU: use True on {device}')
+    calls = TorchCuda(device)
+    managed = mode == "unified" or (mode is True and calls.has_managed_memory())
+    return (UnifiedTier if managed else PinnedTier)(calls, resident_bytes)
 
 
 def _remove_hooks(hooks: dict[Tensor, Any]) -> None:

@@ -23,13 +23,8 @@ from torch import Tensor
 
 from qlora_ref.paging.counters import Clock, Counters
 from qlora_ref.paging.files import BLOCK, PageFile, as_tensor, memory
-from qlora_ref.paging.tier import Tier
+from qlora_ref.paging.tier import Tier, page_size
 
-# A transfer this long reaches the bandwidth of a disk; more would make read-ahead coarser.
-_LARGEST_PAGE = 4 << 20
-# Two pages to come while one is in use and others are being written, and as many that stay.
-_SLOTS = 16
-_SMALLEST_RESIDENT = _SLOTS * 64 << 10
 # A disk reads and writes at once, and is the faster for having the next request at hand.
 _THREADS = 4
 _STACK = 256 << 10
@@ -63,13 +58,9 @@ class FileTier(Tier):
     mode = "file"
 
     def __init__(self, directory: Path, resident_bytes: int) -> None:
-        if resident_bytes < _SMALLEST_RESIDENT:
-            raise ValueError(
-                f"resident_bytes must be at least {_SMALLEST_RESIDENT:,}, got {resident_bytes:,}"
-            )
         self.directory = directory
         self.counters = Counters()
-        self.page_bytes = min(_LARGEST_PAGE, resident_bytes // _SLOTS // BLOCK * BLOCK)
+        self.page_bytes = page_size(resident_bytes)
         self.resident_bytes = resident_bytes
         slots = resident_bytes // self.page_bytes
         self._room_to_stay = slots - slots // 2

@@ -8,6 +8,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qlora_ref.paging.counters import Counters
+from qlora_ref.paging.files import BLOCK
+
+# A transfer this long reaches the bandwidth of a disk or a link; more makes read-ahead coarser.
+_LARGEST_PAGE = 4 << 20
+# Eight pages stay. Eight are in use, on their way in (two or more of them) or on their way out.
+_FEWEST_PAGES = 16
+_SMALLEST_PAGE = 64 << 10
+
+
+def page_size(resident_bytes: int) -> int:
+    """The largest size of a page where all together may occupy so much."""
+    smallest = _FEWEST_PAGES * _SMALLEST_PAGE
+    if resident_bytes < smallest:
+        raise ValueError(f"resident_bytes must be at least {smallest:,}, got {resident_bytes:,}")
+    return min(_LARGEST_PAGE, resident_bytes // _FEWEST_PAGES // BLOCK * BLOCK)
 
 
 class Tier(ABC):
