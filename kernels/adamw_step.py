@@ -205,7 +205,7 @@ def _step_8bit(
     m_absmax = largest_magnitude(m, 1)
     tl.store(m_absmax_ptr + block, m_absmax, mask=is_block)
     code = nearest_code(
-        normalise(m, m_absmax[:, None]),
+        normalise(m, m_absmax),
         first_entries_ptr,
         first_thresholds_ptr,
         first_codes_ptr,
@@ -220,7 +220,7 @@ def _step_8bit(
     v_absmax = largest_magnitude(v, 1)
     tl.store(v_absmax_ptr + block, v_absmax, mask=is_block)
     code = nearest_code(
-        normalise(v, v_absmax[:, None]),
+        normalise(v, v_absmax),
         second_entries_ptr,
         second_thresholds_ptr,
         second_codes_ptr,

@@ -190,11 +190,20 @@ def largest_magnitude(x, axis: tl.constexpr):
 
 @triton.jit
 def normalise(x, absmax):
-    """x / absmax, by the reciprocal where that does not overflow; 0 in a block of zeros."""
+    """x (ROWS, WIDTH) / absmax (ROWS,), by one reciprocal a row; 0 in rows of zeros."""
     reciprocal = tl.div_rn(1.0, absmax)
-    overflows = tl.abs(reciprocal) == float("inf")
-    quotient = tl.where(absmax == 0.0, 0.0, tl.div_rn(x, tl.where(absmax == 0.0, 1.0, absmax)))
-    return tl.where(overflows, quotient, x * tl.where(overflows, 0.0, reciprocal))
+    overflows = reciprocal == float("inf")
+    normalised = x * reciprocal[:, None]
+    if tl.max(overflows.to(tl.int32), axis=0) > 0:  # rare, and dear: quotients keep a row's shape
+        divisor = tl.where(absmax == 0.0, 1.0, absmax)
+        normalised = tl.where(overflows[:, None], tl.div_rn(x, divisor[:, None]), normalised)
+    return normalised
+
+
+@triton.jit
+def count_left(n, start):
+    """How many of n values lie from start on, in 32 bits: positions in a tile are below."""
+    return tl.minimum(n - start, 1 << 30).to(tl.int32)
 
 
 @triton.jit

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import OPTIONS, TILE, chunk_of, levels_of_bytes, load_scales, pair_table, round_to
+from .decode import (
+    OPTIONS,
+    TILE,
+    chunk_of,
+    count_left,
+    levels_of_bytes,
+    load_scales,
+    pair_table,
+    round_to,
+)
 
 
 def dequantize_4bit(
@@ -67,19 +76,23 @@ def _dequantize_4bit(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = chunk[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    byte = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]  # from the tile's first
+    left = count_left(n, first * (2 * BYTES))
     scale = load_scales(
         absmax_ptr,
         nested_absmax_ptr,
         nested_codebook_ptr,
         offset_ptr,
-        chunk // chunks_per_block,
-        chunk * (2 * BYTES) < n,
+        (first + row) // chunks_per_block,
+        row * (2 * BYTES) < left,
         NESTED,
     )
-    packed = tl.load(packed_ptr + byte, mask=2 * byte < n, other=0)
+    packed = tl.load(packed_ptr + first * BYTES + byte, mask=2 * byte < left, other=0)
     high, low = levels_of_bytes(pairs_ptr, packed)
-    values = tl.join(high * scale[:, None], low * scale[:, None])  # (ROWS, BYTES, 2)
-    position = (2 * byte)[:, :, None] + tl.arange(0, 2)[None, None, :]
-    tl.store(y_ptr + position, round_to(values, y_ptr.dtype.element_ty), mask=position < n)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    values = tl.join(round_to(high * scale[:, None], dtype), round_to(low * scale[:, None], dtype))
+    values = tl.reshape(values, (ROWS, 2 * BYTES))
+    position = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    tl.store(y_ptr + first * (2 * BYTES) + position, values, mask=position < left)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import OPTIONS, TILE, chunk_of, round_to
+from .decode import OPTIONS, TILE, chunk_of, count_left, round_to
 
 
 def dequantize_8bit(
@@ -37,10 +37,13 @@ def _dequantize_8bit(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    position = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    mask = position < n
-    scale = tl.load(absmax_ptr + chunk // chunks_per_block, mask=chunk * CHUNK < n, other=0.0)
-    code = tl.load(codes_ptr + position, mask=mask, other=0).to(tl.int32)
-    values = tl.load(codebook_ptr + code) * scale[:, None]
-    tl.store(y_ptr + position, round_to(values, y_ptr.dtype.element_ty), mask=mask)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    position = row[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]  # from the tile's first
+    left = count_left(n, first * CHUNK)
+    mask = position < left
+    absmax = absmax_ptr + (first + row) // chunks_per_block
+    scale = tl.load(absmax, mask=row * CHUNK < left, other=0.0)
+    code = tl.load(codes_ptr + first * CHUNK + position, mask=mask, other=0).to(tl.int32)
+    values = round_to(tl.load(codebook_ptr + code) * scale[:, None], y_ptr.dtype.element_ty)
+    tl.store(y_ptr + first * CHUNK + position, values, mask=mask)

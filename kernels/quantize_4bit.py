@@ -10,6 +10,7 @@ from torch import Tensor
 from .decode import (
     OPTIONS,
     TILE,
+    count_left,
     largest_magnitude,
     nearest_code,
     nearest_table,
@@ -67,15 +68,17 @@ def _quantize_rows(
     COMPARES: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
     inside = tl.arange(0, 2 * PAIRS)[None, :]
-    position = block[:, None] * block_size + inside
-    mask = (inside < block_size) & (position < n)
-    x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
+    position = row[:, None] * block_size + inside  # from the tile's first
+    left = count_left(n, first * block_size)
+    mask = (inside < block_size) & (position < left)
+    x = widen(tl.load(x_ptr + first * block_size + position, mask=mask, other=0.0))
     absmax = largest_magnitude(x, 1)
-    tl.store(absmax_ptr + block, absmax, mask=block * block_size < n)
+    tl.store(absmax_ptr + first + row, absmax, mask=row * block_size < left)
     code = nearest_code(
-        normalise(x, absmax[:, None]),
+        normalise(x, absmax),
         entries_ptr,
         thresholds_ptr,
         codes_ptr,
@@ -85,7 +88,8 @@ def _quantize_rows(
         COMPARES,
         ORDERED,
     )
-    _store_pairs(packed_ptr, code, position, mask, zero, ROWS, PAIRS)
+    bytes_ptr = packed_ptr + first * (block_size // 2)
+    _store_pairs(bytes_ptr, code, position, mask, zero, ROWS, PAIRS)
 
 
 @triton.jit
@@ -125,12 +129,13 @@ def _quantize_long_block(
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     absmax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
     tl.store(absmax_ptr + tl.program_id(0), absmax)
+    row = tl.full((1,), 0.0, tl.float32) + absmax
     for first in range(start, end, 2 * PAIRS):
         position = (first + tl.arange(0, 2 * PAIRS))[None, :]
         mask = position < end
         x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
         code = nearest_code(
-            normalise(x, absmax),
+            normalise(x, row),
             entries_ptr,
             thresholds_ptr,
             codes_ptr,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .decode import (
     OPTIONS,
     TILE,
+    count_left,
     largest_magnitude,
     nearest_code,
     nearest_table,
@@ -62,15 +63,17 @@ def _quantize_rows(
     COMPARES: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
     inside = tl.arange(0, WIDTH)[None, :]
-    position = block[:, None] * block_size + inside
-    mask = (inside < block_size) & (position < n)
-    x = widen(tl.load(x_ptr + position, mask=mask, other=0.0))
+    position = row[:, None] * block_size + inside  # from the tile's first
+    left = count_left(n, first * block_size)
+    mask = (inside < block_size) & (position < left)
+    x = widen(tl.load(x_ptr + first * block_size + position, mask=mask, other=0.0))
     absmax = largest_magnitude(x, 1)
-    tl.store(absmax_ptr + block, absmax, mask=block * block_size < n)
+    tl.store(absmax_ptr + first + row, absmax, mask=row * block_size < left)
     code = nearest_code(
-        normalise(x, absmax[:, None]),
+        normalise(x, absmax),
         entries_ptr,
         thresholds_ptr,
         codes_ptr,
@@ -80,7 +83,7 @@ def _quantize_rows(
         COMPARES,
         ORDERED,
     )
-    tl.store(y_ptr + position, code.to(tl.uint8), mask=mask)
+    tl.store(y_ptr + first * block_size + position, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -109,11 +112,12 @@ def _quantize_long_block(
         largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     absmax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
     tl.store(absmax_ptr + tl.program_id(0), absmax)
+    row = tl.full((1,), 0.0, tl.float32) + absmax
     for first in range(start, end, WIDTH):
-        position = first + tl.arange(0, WIDTH)
+        position = (first + tl.arange(0, WIDTH))[None, :]
         x = widen(tl.load(x_ptr + position, mask=position < end, other=0.0))
         code = nearest_code(
-            normalise(x, absmax),
+            normalise(x, row),
             entries_ptr,
             thresholds_ptr,
             codes_ptr,

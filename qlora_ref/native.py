@@ -131,6 +131,8 @@ def open_library(
         # Its GOMP_* symbols find the OpenMP that torch has put into the global scope: see setup.py.
         library = ctypes.CDLL(str(path))
         version = library.interface_version()
+        for name, arguments in signatures.items():
+            getattr(library, name).argtypes = arguments
     except (OSError, AttributeError) as error:
         raise BackendUnavailable(f"the compiled library does not load: {error}") from error
     if version != INTERFACE_VERSION:
@@ -138,8 +140,6 @@ def open_library(
             f"the compiled library has interface {version}, these Python files have "
             f"{INTERFACE_VERSION}: reinstall, or run `python setup.py build_ext --inplace`"
         )
-    for name, arguments in signatures.items():
-        getattr(library, name).argtypes = arguments
     if "error_text" in signatures:
         library.error_text.restype = c_char_p
     return library

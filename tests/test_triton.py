@@ -1,0 +1,82 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs.
+
+Triton decides when it is imported whether it interprets, so that each way has a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="these tests start the interpreter"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("qlora_kernels") is None,
+        reason="needs the package installed: pip install -e .",
+    ),
+]
+
+
+def run(*command: str, **environment: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
+    return finished.stdout
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "quantize_4bit",
+        "dequantize_4bit",
+        "quantize_8bit",
+        "dequantize_8bit",
+        "matmul_4bit",
+        "matmul_4bit_sizes",
+        "adamw_step",
+    ],
+)
+def test_interpreted_kernels_pass_the_tests_of_the_operation(operation: str) -> None:
+    # numpy warns of what the tests do on purpose: overflow, 0 / 0.
+    quiet = ("-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
+    test = f"tests/test_{operation}.py"
+    # Threads of torch would wait for cores that other tests use.
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    output = run("-m", "pytest", "-vv", "-k", "triton", *quiet, test, **environment)
+    assert "[triton" in output and "100%" in output
+
+
+# For each architecture the registers that spilled: there must be none.
+COMPILE = """
+import json, sys
+sys.path.insert(0, "tests")
+from compile_triton import compile_all
+print(json.dumps(compile_all(sys.argv[1], sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("vendor", "architecture"),
+    [("cuda", "80"), ("cuda", "90"), ("cuda", "120"), ("hip", "gfx942")],
+)
+def test_kernels_compile_and_spill_no_register(vendor: str, architecture: str) -> None:
+    output = run("-c", COMPILE, vendor, architecture)
+    spilled = json.loads(output.splitlines()[-1])
+    assert len(spilled) == 8 and set(spilled.values()) == {0}
