@@ -180,10 +180,10 @@ class PagedState:
         if not pages:
             return
         undo = None
+        tier.prefetch(pages)
         tier.begin()
         try:
             undo = self._undo(tier, pages, chosen)
-            tier.prefetch(pages)
             for page in pages:
                 parts = self._slices(tier, page, chosen)
                 if undo is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
+import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +326,25 @@ def test_bad_option_is_named(tmp_path: Path, options: dict[str, Any], message: s
 
 def test_unpaged_has_no_paging_report() -> None:
     assert AdamW(make_params()).paging_report() is None
+
+
+def test_dropped_while_pages_are_written_it_ends_quietly_and_closes_its_file(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def open_files() -> int:
+        """Files without a name that this process has open."""
+        links = []
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the one of this listing
+                links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return sum(link.startswith(str(tmp_path)) for link in links)
+
+    before = open_files()
+    for _ in range(20):
+        take_steps(paged_adamw(make_params(), tmp_path), range(1))
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while open_files() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert open_files() <= before
+    assert not [warning for warning in recwarn if "join" in str(warning.message)]

@@ -40,6 +40,7 @@ class _Page:
     written: bool = False  # nothing can be read before the first commit
     slot: mmap.mmap | None = None
     moving: bool = False  # a thread reads into the slot or writes from it
+    writing: bool = False  # it is the latter
     wanted: bool = False  # keep it in its slot after that
     error: Exception | None = None  # of that; if it was a write, only the slot holds the page
 
@@ -129,13 +130,13 @@ class FileTier(Tier):
 
     def begin(self) -> None:
         """See Tier. What could not be written is tried once more."""
-        self._settle()
         with self._changed:
+            self._wait_for_writes()
             for page in self._pages:
                 if page.is_unwritten and page.places is not None:
                     self._start(page, self._write, page.places[page.current])
-        self._settle()
-        self._raise_unwritten()
+            self._wait_for_writes()
+            self._raise_unwritten()
         self._in_step.clear()
 
     def commit(self) -> None:
@@ -160,6 +161,7 @@ class FileTier(Tier):
         """See Tier."""
         with self._changed:
             self._queue = []
+        self._settle()
         self._finalizer()
         self._pages, self._free_slots, self._file = [], [], None
 
@@ -237,7 +239,7 @@ class FileTier(Tier):
 
     def _start(self, page: _Page, move: Callable[[_Page, int], None], place: int) -> None:
         self._pool.submit(move, page, place)
-        page.moving, page.error = True, None
+        page.moving, page.writing, page.error = True, move == self._write, None
 
     def _read(self, page: _Page, place: int) -> None:
         error = self._move(page, PageFile.read, place, "read from")
@@ -251,7 +253,7 @@ class FileTier(Tier):
     def _write(self, page: _Page, place: int) -> None:
         error = self._move(page, PageFile.write, place, "written to")
         with self._changed:
-            page.moving, page.error = False, error
+            page.moving, page.writing, page.error = False, False, error
             self.counters.bytes_out += page.nbytes if error is None else 0
             if error is None and not page.wanted:
                 self._release(page)
@@ -276,6 +278,9 @@ class FileTier(Tier):
             page.slot, page.wanted = None, False
         self._pump()
 
+    def _wait_for_writes(self) -> None:
+        self._changed.wait_for(lambda: not any(page.writing for page in self._pages))
+
     def _settle(self) -> None:
         """Wait until nothing moves."""
         with self._changed:
@@ -297,5 +302,7 @@ def _start_threads(pool: ThreadPoolExecutor) -> None:
 
 
 def _shut_down(pool: ThreadPoolExecutor, close: Callable[[], None]) -> None:
-    pool.shutdown(wait=True, cancel_futures=True)
+    # Nothing is under way: a thread that moves a page keeps its tier alive, and `free` waits. The
+    # last to do so may be the one that ends here, so that nobody can wait for the threads.
+    pool.shutdown(wait=False)
     close()
