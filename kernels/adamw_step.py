@@ -201,36 +201,51 @@ def _step_8bit(
         root_correction,
     )
     tl.store(param_ptr + position, round_to(param, param_ptr.dtype.element_ty), mask=mask)
-    m = tl.where(mask, m, 0.0)  # what lies beyond the end has no say in a scale
-    m_absmax = largest_magnitude(m, 1)
-    tl.store(m_absmax_ptr + block, m_absmax, mask=is_block)
+    _quantize(
+        m, m_ptr, m_absmax_ptr, first_entries_ptr, first_thresholds_ptr, first_codes_ptr,
+        position, mask, block, is_block,
+        FIRST_LOWEST, FIRST_HALF, FIRST_SHIFT, FIRST_COMPARES, FIRST_ORDERED,
+    )  # fmt: skip
+    _quantize(
+        v, v_ptr, v_absmax_ptr, second_entries_ptr, second_thresholds_ptr, second_codes_ptr,
+        position, mask, block, is_block,
+        SECOND_LOWEST, SECOND_HALF, SECOND_SHIFT, SECOND_COMPARES, SECOND_ORDERED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quantize(
+    moment,  # float32 (ROWS, 256)
+    y_ptr,
+    absmax_ptr,
+    entries_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    position,
+    mask,
+    block,
+    is_block,
+    LOWEST: tl.constexpr,
+    HALF: tl.constexpr,
+    SHIFT: tl.constexpr,
+    COMPARES: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    moment = tl.where(mask, moment, 0.0)  # what lies beyond the end has no say in a scale
+    absmax = largest_magnitude(moment, 1)
+    tl.store(absmax_ptr + block, absmax, mask=is_block)
     code = nearest_code(
-        normalise(m, m_absmax),
-        first_entries_ptr,
-        first_thresholds_ptr,
-        first_codes_ptr,
-        FIRST_LOWEST,
-        FIRST_HALF,
-        FIRST_SHIFT,
-        FIRST_COMPARES,
-        FIRST_ORDERED,
+        normalise(moment, absmax),
+        entries_ptr,
+        thresholds_ptr,
+        codes_ptr,
+        LOWEST,
+        HALF,
+        SHIFT,
+        COMPARES,
+        ORDERED,
     )
-    tl.store(m_ptr + position, code.to(tl.uint8), mask=mask)
-    v = tl.where(mask, v, 0.0)
-    v_absmax = largest_magnitude(v, 1)
-    tl.store(v_absmax_ptr + block, v_absmax, mask=is_block)
-    code = nearest_code(
-        normalise(v, v_absmax),
-        second_entries_ptr,
-        second_thresholds_ptr,
-        second_codes_ptr,
-        SECOND_LOWEST,
-        SECOND_HALF,
-        SECOND_SHIFT,
-        SECOND_COMPARES,
-        SECOND_ORDERED,
-    )
-    tl.store(v_ptr + position, code.to(tl.uint8), mask=mask)
+    tl.store(y_ptr + position, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
