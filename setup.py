@@ -237,6 +237,8 @@ def extensions() -> list[Extension]:
 
 
 def cuda_extensions() -> list[Extension]:
+    if not cuda_sources():
+        return []
     try:
         find_nvcc()
     except CompileError:
