@@ -198,10 +198,10 @@ class PagedState:
             raise
 
     def _undo(self, tier: Tier, pages: list[int], chosen: set[Tensor]) -> Undo | None:
-        if not isinstance(tier, FileTier):
+        if tier.undo_directory is None:
             return None
         pieces = [piece for page in pages for piece in self._pages[page] if piece.param in chosen]
-        return Undo((piece.part(piece.param) for piece in pieces), tier.directory)
+        return Undo((piece.part(piece.param) for piece in pieces), tier.undo_directory)
 
     def _slices(self, tier: Tier, page: int, chosen: set[Tensor]) -> list[Slice]:
         """The parts of the chosen parameters whose state is in a page, which is brought in."""

@@ -21,6 +21,7 @@ class Stream:
         self.name = name
         self.work: list[Any] = []
         self.done = 0
+        self.follows_compute = False  # it waits for what was computed before its next work
 
     def run(self, until: int) -> None:
         while self.done < until:
@@ -80,6 +81,9 @@ class RecordingCuda:
     def move(self, address: int, nbytes: int, to_device: bool, stream: Any) -> None:
         assert stream in self.streams, "moves belong on a side stream"
         assert nbytes == len(self.memory[address])
+        if not to_device:
+            assert stream.follows_compute, "what leaves may still be computed with"
+            stream.follows_compute = False
 
         def moved() -> None:
             self.log.append(("in" if to_device else "out", address, nbytes, stream.name))
@@ -125,6 +129,7 @@ class RecordingCuda:
             event.happen()
         else:
             stream.work.append(event.happen)
+            stream.follows_compute |= event.stream is self.compute
 
     def is_done(self, event: Event) -> bool:
         return event.stream.done >= event.position

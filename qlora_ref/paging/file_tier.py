@@ -59,7 +59,7 @@ class FileTier(Tier):
     mode = "file"
 
     def __init__(self, directory: Path, resident_bytes: int) -> None:
-        self.directory = directory
+        self.directory = self.undo_directory = directory
         self.counters = Counters()
         self.page_bytes = page_size(resident_bytes)
         self.resident_bytes = resident_bytes

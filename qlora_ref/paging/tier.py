@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Tier(ABC):
     page_bytes: int  # no page is larger
     resident_bytes: int  # what all pages together may occupy in the fast memory
     counters: Counters
+    # Where the old values of parameters go, so that a step can be undone; None: it cannot be.
+    undo_directory: Path | None = None
 
     @abstractmethod
     def allocate(self, sizes: Sequence[int]) -> list[int]:
