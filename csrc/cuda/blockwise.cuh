@@ -1,0 +1,83 @@
+// What quantising to 4 and to 8 bits shares: x / absmax, and the nearest level of any codebook.
+// The rule is that of qlora_ref/reference/blockwise.py, in the same float operations.
+
+#pragma once
+
+#include "memory.cuh"
+
+namespace qlora {
+
+// The threads of a thread block; each puts one level of a codebook in its place.
+constexpr int kThreads = 256;
+
+// x / absmax: by the reciprocal, or by a quotient where that overflows, so that tiny blocks keep
+// their shape. A block of zeros stays zero.
+__device__ inline float normalise(float x, float absmax) {
+  const float reciprocal = 1.0f / absmax;
+  if (!isinf(reciprocal)) return x * reciprocal;
+  return absmax == 0.0f ? 0.0f : x / absmax;
+}
+
+// The lowest code of the level 0, which fills up the last byte after an odd number of values.
+__device__ inline uint32_t code_of_zero(const float* codebook) {
+  for (int code = 0; code < 16; ++code) {
+    if (codebook[code] == 0.0f) return code;
+  }
+  return 0;
+}
+
+// Where the nearest level changes: a value has the code `codes[number of thresholds < value]`. NaN
+// is above no threshold. Lies in shared memory.
+//
+// Levels are in ascending order, equal ones in the order of their codes. The threshold of each is
+// its midpoint to the next larger level, or infinity. So equal levels have equal thresholds, and
+// only the first of them is ever reached.
+template <int kLevels>
+struct Decisions {
+  float levels[kLevels];  // in the order of codes
+  float thresholds[kLevels];
+  uint8_t codes[kLevels];
+
+  // Called by all threads of a thread block.
+  __device__ void fill(const float* codebook) {
+    const int code = threadIdx.x;
+    if (code < kLevels) levels[code] = codebook[code];
+    __syncthreads();
+    if (code < kLevels) place(code);
+    __syncthreads();
+  }
+
+  __device__ uint32_t code(float value) const { return codes[count_below(value)]; }
+
+  // The thresholds for which `is_below` holds; it holds for no threshold after one where it fails.
+  template <typename IsBelow>
+  __device__ int count(IsBelow is_below) const {
+    int position = 0;
+#pragma unroll
+    for (int step = kLevels / 2; step > 0; step /= 2) {
+      if (is_below(thresholds[position + step - 1])) position += step;
+    }
+    return position;
+  }
+
+ private:
+  __device__ int count_below(float value) const {
+    return count([=](float threshold) { return value > threshold; });
+  }
+
+  __device__ void place(int code) {
+    const float level = levels[code];
+    float next = __int_as_float(0x7f800000);  // infinity
+    int position = 0;
+    for (int other = 0; other < kLevels; ++other) {
+      const float candidate = levels[other];
+      position += candidate < level || (candidate == level && other < code);
+      if (candidate > level) next = fminf(next, candidate);
+    }
+    // A midpoint may round to -0, which look-ups would take for less than 0.
+    thresholds[position] = (level + next) / 2.0f + 0.0f;
+    codes[position] = static_cast<uint8_t>(code);
+  }
+};
+
+}  // namespace qlora

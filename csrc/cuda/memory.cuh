@@ -1,0 +1,110 @@
+// How values lie in memory: 16 bytes to a load or a store, the most that one instruction moves.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace qlora {
+
+constexpr int kVectorBytes = 16;
+
+// The larger one; NaN if either is. (fmaxf would drop a NaN.)
+__device__ inline float larger(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
+template <typename To, typename From>
+__device__ To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits are neither added nor lost");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The values in 32 bits: one float, or two of 16 bits, the first one in the lower half. A product
+// or a maximum of both halves is one instruction.
+template <typename Value>
+struct Word;
+
+template <>
+struct Word<float> {
+  static constexpr int kValues = 1;
+  __device__ static float value(uint32_t word, int) { return __uint_as_float(word); }
+  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
+    return __float_as_uint(larger(fabsf(__uint_as_float(a)), fabsf(__uint_as_float(b))));
+  }
+  __device__ static uint32_t round(const float* values) { return __float_as_uint(values[0]); }
+};
+
+template <>
+struct Word<__nv_bfloat16> {
+  static constexpr int kValues = 2;
+  // A bfloat16 is the upper half of a float.
+  __device__ static float value(uint32_t word, int i) {
+    return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
+    const auto pair = [](uint32_t word) { return __habs2(same_bits<__nv_bfloat162>(word)); };
+    return same_bits<uint32_t>(__hmax2_nan(pair(a), pair(b)));
+  }
+  __device__ static uint32_t round(const float* values) {
+    return same_bits<uint32_t>(__floats2bfloat162_rn(values[0], values[1]));
+  }
+};
+
+template <>
+struct Word<__half> {
+  static constexpr int kValues = 2;
+  __device__ static float value(uint32_t word, int i) {
+    const __half2 pair = same_bits<__half2>(word);
+    return i == 0 ? __low2float(pair) : __high2float(pair);
+  }
+  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
+    const auto pair = [](uint32_t word) { return __habs2(same_bits<__half2>(word)); };
+    return same_bits<uint32_t>(__hmax2_nan(pair(a), pair(b)));
+  }
+  __device__ static uint32_t round(const float* values) {
+    return same_bits<uint32_t>(__floats2half2_rn(values[0], values[1]));
+  }
+};
+
+// A single value: to float, exactly, and from it, rounded to the nearest.
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+
+__device__ inline void round_to(float value, float* y) { *y = value; }
+__device__ inline void round_to(float value, __nv_bfloat16* y) { *y = __float2bfloat16_rn(value); }
+__device__ inline void round_to(float value, __half* y) { *y = __float2half_rn(value); }
+
+// kWords words from an address that is a multiple of 16 bytes.
+template <int kWords>
+__device__ void load_words(const void* address, uint32_t (&words)[kWords]) {
+  static_assert(kWords % 4 == 0, "four words are 16 bytes");
+  const uint4* vectors = static_cast<const uint4*>(address);
+#pragma unroll
+  for (int i = 0; i < kWords / 4; ++i) {
+    const uint4 vector = vectors[i];
+    words[4 * i] = vector.x;
+    words[4 * i + 1] = vector.y;
+    words[4 * i + 2] = vector.z;
+    words[4 * i + 3] = vector.w;
+  }
+}
+
+template <int kWords>
+__device__ void store_words(const uint32_t (&words)[kWords], void* address) {
+  static_assert(kWords % 4 == 0, "four words are 16 bytes");
+  uint4* vectors = static_cast<uint4*>(address);
+#pragma unroll
+  for (int i = 0; i < kWords / 4; ++i) {
+    vectors[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+  }
+}
+
+}  // namespace qlora

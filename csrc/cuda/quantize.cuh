@@ -1,0 +1,221 @@
+// Quantising to 4 or 8 bits: a block's absmax, the nearest level of each value.
+//
+// Blocks of a power of two go through quantize_whole_blocks; any others, and a short last one,
+// through quantize_any_blocks, which is the rule written plainly.
+
+#pragma once
+
+#include "launch.cuh"
+#include "nearest.cuh"
+
+namespace qlora {
+
+// Thread blocks of a launch: enough to fill any GPU of today. Each makes its tables once.
+constexpr int64_t kMostThreadBlocks = 1024;
+
+template <int kLevels>
+constexpr int kValuesPerByte = kLevels == 16 ? 2 : 1;
+
+// Values of a thread: their codes are one vector.
+template <int kLevels>
+constexpr int kPart = kVectorBytes * kValuesPerByte<kLevels>;
+
+// The longest block of quantize_whole_blocks.
+constexpr int64_t kLongestWholeBlock = 4096;
+
+// The largest of `neighbours` threads in a row, a power of two up to 32, to each of them.
+__device__ inline float largest_of_neighbours(float most, int neighbours) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int distance = step < neighbours ? step : 0;
+    most = larger(most, __shfl_xor_sync(0xffffffffu, most, distance));
+  }
+  return most;
+}
+
+// The same for a power of two of whole warps. Called by all threads of a thread block.
+__device__ inline float largest_of_warps(float most, int neighbours) {
+  __shared__ float maxima[kThreads / 32];
+  maxima[threadIdx.x / 32] = largest_of_neighbours(most, 32);
+  __syncthreads();
+  const int first = threadIdx.x / neighbours * neighbours / 32;
+  most = maxima[first];
+  for (int warp = first + 1; warp < first + neighbours / 32; ++warp) {
+    most = larger(most, maxima[warp]);
+  }
+  __syncthreads();
+  return most;
+}
+
+template <typename Value, int kWords>
+__device__ float largest_magnitude(const uint32_t (&words)[kWords]) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) most = Word<Value>::larger_magnitude(most, words[i]);
+  const float first = Word<Value>::value(most, 0);
+  return larger(first, Word<Value>::value(most, Word<Value>::kValues - 1));
+}
+
+// 32 bits of codes; code(i) has that of value i in its uppermost bits. The last one is shifted in
+// first, as the lowest byte is the first; of the two codes in a byte the even one is the upper.
+template <int kLevels, typename Code>
+__device__ uint32_t pack_word(Code code) {
+  constexpr int kBits = NearestTable<kLevels>::kBits;
+  uint32_t packed = 0;
+#pragma unroll
+  for (int i = 32 / kBits - 1; i >= 0; --i) {
+    const int value = i ^ (kValuesPerByte<kLevels> - 1);
+    packed = __funnelshift_l(code(value), packed, kBits);
+  }
+  return packed;
+}
+
+// Where no table serves, or absmax is 0, tiny, infinite or NaN: each value by the plain rule.
+template <int kLevels, typename Value>
+__device__ __forceinline__ void quantize_part_plainly(const Value* x, float absmax,
+                                                      const Decisions<kLevels>& decisions,
+                                                      uint32_t* packed) {
+  constexpr int kBits = NearestTable<kLevels>::kBits;
+#pragma unroll 1
+  for (int word = 0; word < kVectorBytes / 4; ++word) {
+    const Value* values = x + word * (32 / kBits);
+    packed[word] = pack_word<kLevels>([&](int i) {
+      return decisions.code(normalise(to_float(values[i]), absmax)) << (32 - kBits);
+    });
+  }
+}
+
+// Blocks of kPart values times a power of two, up to kThreads of these.
+// A thread quantises one part at a time: kPart values in a row. Threads: kThreads.
+// Aligned to 16 bytes: x, packed.
+template <int kLevels, bool kAcrossWarps, typename Value>
+__global__ void __launch_bounds__(kThreads)
+    quantize_whole_blocks(const Value* x,         // (parts * kPart)
+                          int64_t parts,          // of all blocks
+                          int block_shift,        // a block has 2^block_shift parts
+                          const float* codebook,  // (kLevels)
+                          uint8_t* packed,        // (parts * 16)
+                          float* absmax) {        // (parts >> block_shift)
+  constexpr int kWords = kPart<kLevels> / Word<Value>::kValues;
+  __shared__ Decisions<kLevels> decisions;
+  __shared__ NearestTable<kLevels> table;
+  decisions.fill(codebook);
+  const bool has_table = table.fill(decisions);
+  const int neighbours = 1 << block_shift;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < parts;
+       first += stride) {
+    const int64_t part = first + threadIdx.x;
+    uint32_t words[kWords] = {};
+    if (part < parts) load_words(x + part * kPart<kLevels>, words);
+    float most = largest_magnitude<Value>(words);
+    most =
+        kAcrossWarps ? largest_of_warps(most, neighbours) : largest_of_neighbours(most, neighbours);
+    if (part >= parts) continue;
+    if ((threadIdx.x & (neighbours - 1)) == 0) absmax[part >> block_shift] = most;
+    const float reciprocal = 1.0f / most;
+    uint32_t* codes = reinterpret_cast<uint32_t*>(packed + part * kVectorBytes);
+    if (!has_table || !(reciprocal > 0.0f) || isinf(reciprocal)) {
+      quantize_part_plainly(x + part * kPart<kLevels>, most, decisions, codes);
+      continue;
+    }
+    uint32_t result[kVectorBytes / 4];
+#pragma unroll
+    for (int i = 0; i < kVectorBytes / 4; ++i) {
+      constexpr int kPerWord = Word<Value>::kValues;
+      constexpr int kPerResult = kPart<kLevels> / (kVectorBytes / 4);
+      result[i] = pack_word<kLevels>([&](int j) {
+        const int value = i * kPerResult + j;
+        const float x32 = Word<Value>::value(words[value / kPerWord], value % kPerWord);
+        return table.code(x32 * reciprocal);
+      });
+    }
+    store_words(result, codes);
+  }
+}
+
+// Blocks of any even size; a warp takes one block at a time. Threads: kThreads. No alignment.
+template <int kLevels, typename Value>
+__global__ void __launch_bounds__(kThreads)
+    quantize_any_blocks(const Value* x,         // (n)
+                        int64_t n,              // > 0
+                        int64_t block_size,     //
+                        int64_t first_block,    // blocks before it are left alone
+                        const float* codebook,  // (kLevels)
+                        uint8_t* packed,        // (ceil(n / kValuesPerByte))
+                        float* absmax) {        // (ceil(n / block_size))
+  constexpr int kPerByte = kValuesPerByte<kLevels>;
+  __shared__ Decisions<kLevels> decisions;
+  decisions.fill(codebook);
+  const int lane = threadIdx.x % 32;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kThreads / 32;
+  const int64_t blocks = (n - 1) / block_size + 1;
+  for (int64_t block = first_block + thread / 32; block < blocks; block += warps) {
+    const int64_t start = block * block_size;
+    const int64_t end = n - start < block_size ? n : start + block_size;
+    float most = 0.0f;
+    for (int64_t i = start + lane; i < end; i += 32) most = larger(most, fabsf(to_float(x[i])));
+    most = largest_of_neighbours(most, 32);
+    if (lane == 0) absmax[block] = most;
+    for (int64_t i = start + lane * kPerByte; i < end; i += 32 * kPerByte) {
+      uint32_t byte = decisions.code(normalise(to_float(x[i]), most));
+      if (kPerByte == 2) {
+        byte = byte << 4 | (i + 1 < end ? decisions.code(normalise(to_float(x[i + 1]), most))
+                                        : code_of_zero(codebook));
+      }
+      packed[i / kPerByte] = static_cast<uint8_t>(byte);
+    }
+  }
+}
+
+inline int thread_blocks(int64_t threads) {
+  const int64_t needed = (threads - 1) / kThreads + 1;
+  return static_cast<int>(needed < kMostThreadBlocks ? needed : kMostThreadBlocks);
+}
+
+template <int kLevels>
+bool has_whole_blocks(const void* x, int64_t block_size, const uint8_t* packed) {
+  return block_size >= kPart<kLevels> && block_size <= kLongestWholeBlock &&
+         (block_size & (block_size - 1)) == 0 && is_aligned(x, kVectorBytes) &&
+         is_aligned(packed, kVectorBytes);
+}
+
+template <int kLevels, typename Value>
+int quantize_values(const Value* x, int64_t n, const float* codebook, int64_t block_size,
+                    uint8_t* packed, float* absmax, cudaStream_t stream) {
+  if (n == 0) return kOk;
+  int64_t whole = 0;
+  if (has_whole_blocks<kLevels>(x, block_size, packed)) whole = n / block_size;
+  if (whole > 0) {
+    int block_shift = 0;
+    while ((kPart<kLevels> << block_shift) < block_size) ++block_shift;
+    const int64_t parts = whole << block_shift;
+    const auto kernel = block_shift > 5 ? quantize_whole_blocks<kLevels, true, Value>
+                                        : quantize_whole_blocks<kLevels, false, Value>;
+    kernel<<<thread_blocks(parts), kThreads, 0, stream>>>(x, parts, block_shift, codebook, packed,
+                                                          absmax);
+    if (const int status = launched(); status != kOk) return status;
+  }
+  const int64_t blocks = (n - 1) / block_size + 1;
+  if (whole == blocks) return kOk;
+  const int64_t threads = (blocks - whole) < kMostThreadBlocks * kThreads
+                              ? (blocks - whole) * 32
+                              : kMostThreadBlocks * kThreads;
+  quantize_any_blocks<kLevels><<<thread_blocks(threads), kThreads, 0, stream>>>(
+      x, n, block_size, whole, codebook, packed, absmax);
+  return launched();
+}
+
+// Both entry points.
+template <int kLevels>
+int quantize(const void* x, int dtype, int64_t n, const float* codebook, int64_t block_size,
+             uint8_t* packed, float* absmax, Execution how) {
+  if (n < 0 || block_size < 2 || block_size % 2 != 0) return kBadSize;
+  return with_dtype(dtype, [&](auto type) {
+    return quantize_values<kLevels>(static_cast<const decltype(type)*>(x), n, codebook, block_size,
+                                    packed, absmax, static_cast<cudaStream_t>(how));
+  });
+}
+
+}  // namespace qlora
