@@ -26,6 +26,18 @@ __device__ inline uint32_t code_of_zero(const float* codebook) {
   return 0;
 }
 
+// How many of the numbers from 0 up to kNumber - 2 fulfil a condition that fails for all numbers
+// after the first for which it fails. kNumber: a power of two.
+template <int kNumber, typename Condition>
+__device__ int count(Condition condition) {
+  int passed = 0;
+#pragma unroll
+  for (int step = kNumber / 2; step > 0; step /= 2) {
+    if (condition(passed + step - 1)) passed += step;
+  }
+  return passed;
+}
+
 // Where the nearest level changes: a value has the code `codes[number of thresholds < value]`. NaN
 // is above no threshold. Lies in shared memory.
 //
@@ -43,36 +55,30 @@ struct Decisions {
     const int code = threadIdx.x;
     if (code < kLevels) levels[code] = codebook[code];
     __syncthreads();
-    if (code < kLevels) place(code);
+    const bool is_ascending =
+        __syncthreads_and(code >= kLevels - 1 || levels[code] < levels[code + 1]);
+    if (code < kLevels) place(code, is_ascending);
     __syncthreads();
   }
 
-  __device__ uint32_t code(float value) const { return codes[count_below(value)]; }
-
-  // The thresholds for which `is_below` holds; it holds for no threshold after one where it fails.
-  template <typename IsBelow>
-  __device__ int count(IsBelow is_below) const {
-    int position = 0;
-#pragma unroll
-    for (int step = kLevels / 2; step > 0; step /= 2) {
-      if (is_below(thresholds[position + step - 1])) position += step;
-    }
-    return position;
+  __device__ uint32_t code(float value) const {
+    return codes[count<kLevels>([=](int i) { return value > thresholds[i]; })];
   }
 
  private:
-  __device__ int count_below(float value) const {
-    return count([=](float threshold) { return value > threshold; });
-  }
-
-  __device__ void place(int code) {
+  __device__ void place(int code, bool is_ascending) {
     const float level = levels[code];
     float next = __int_as_float(0x7f800000);  // infinity
     int position = 0;
-    for (int other = 0; other < kLevels; ++other) {
-      const float candidate = levels[other];
-      position += candidate < level || (candidate == level && other < code);
-      if (candidate > level) next = fminf(next, candidate);
+    if (is_ascending) {  // most codebooks: spares a comparison with each level
+      position = code;
+      if (code < kLevels - 1) next = levels[code + 1];
+    } else {
+      for (int other = 0; other < kLevels; ++other) {
+        const float candidate = levels[other];
+        position += candidate < level || (candidate == level && other < code);
+        if (candidate > level) next = fminf(next, candidate);
+      }
     }
     // A midpoint may round to -0, which look-ups would take for less than 0.
     thresholds[position] = (level + next) / 2.0f + 0.0f;

@@ -26,8 +26,8 @@ __device__ To same_bits(From from) {
   return to;
 }
 
-// The values in 32 bits: one float, or two of 16 bits, the first one in the lower half. A product
-// or a maximum of both halves is one instruction.
+// The values in 32 bits: one float, or two of 16 bits, the first one in the lower half.
+// larger_magnitude: of each value of a word of magnitudes, and the magnitude of that of another.
 template <typename Value>
 struct Word;
 
@@ -35,8 +35,8 @@ template <>
 struct Word<float> {
   static constexpr int kValues = 1;
   __device__ static float value(uint32_t word, int) { return __uint_as_float(word); }
-  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
-    return __float_as_uint(larger(fabsf(__uint_as_float(a)), fabsf(__uint_as_float(b))));
+  __device__ static uint32_t larger_magnitude(uint32_t most, uint32_t word) {
+    return __float_as_uint(larger(__uint_as_float(most), fabsf(__uint_as_float(word))));
   }
   __device__ static uint32_t round(const float* values) { return __float_as_uint(values[0]); }
 };
@@ -48,9 +48,9 @@ struct Word<__nv_bfloat16> {
   __device__ static float value(uint32_t word, int i) {
     return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
   }
-  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
-    const auto pair = [](uint32_t word) { return __habs2(same_bits<__nv_bfloat162>(word)); };
-    return same_bits<uint32_t>(__hmax2_nan(pair(a), pair(b)));
+  __device__ static uint32_t larger_magnitude(uint32_t most, uint32_t word) {
+    const auto magnitudes = same_bits<__nv_bfloat162>(word & 0x7fff7fffu);  // without the signs
+    return same_bits<uint32_t>(__hmax2_nan(same_bits<__nv_bfloat162>(most), magnitudes));
   }
   __device__ static uint32_t round(const float* values) {
     return same_bits<uint32_t>(__floats2bfloat162_rn(values[0], values[1]));
@@ -64,9 +64,9 @@ struct Word<__half> {
     const __half2 pair = same_bits<__half2>(word);
     return i == 0 ? __low2float(pair) : __high2float(pair);
   }
-  __device__ static uint32_t larger_magnitude(uint32_t a, uint32_t b) {
-    const auto pair = [](uint32_t word) { return __habs2(same_bits<__half2>(word)); };
-    return same_bits<uint32_t>(__hmax2_nan(pair(a), pair(b)));
+  __device__ static uint32_t larger_magnitude(uint32_t most, uint32_t word) {
+    const __half2 magnitudes = __habs2(same_bits<__half2>(word));
+    return same_bits<uint32_t>(__hmax2_nan(same_bits<__half2>(most), magnitudes));
   }
   __device__ static uint32_t round(const float* values) {
     return same_bits<uint32_t>(__floats2half2_rn(values[0], values[1]));

@@ -67,20 +67,24 @@ struct NearestTable {
     uint32_t codes;
   };
   Entry entries[Buckets<kLevels>::kNumber];
+  int bucket_of[kLevels];  // of each threshold
 
   // Called by all threads of a thread block, when the decisions are filled. True to all of them if
   // the table can be used: if no bucket has more than one threshold.
   __device__ bool fill(const Decisions<kLevels>& decisions) {
+    if (threadIdx.x < kLevels) {
+      bucket_of[threadIdx.x] = Buckets<kLevels>::of_any(decisions.thresholds[threadIdx.x]);
+    }
+    __syncthreads();
     bool is_right = true;
     for (int bucket = threadIdx.x; bucket < Buckets<kLevels>::kNumber; bucket += kThreads) {
-      const int below = decisions.count(
-          [=](float threshold) { return Buckets<kLevels>::of_any(threshold) < bucket; });
+      const int below = count<kLevels>([=](int i) { return bucket_of[i] < bucket; });
       int above = below;
       float threshold = __int_as_float(0x7f800000);  // infinity: nothing is above it
-      if (is_in(decisions, below, bucket)) {
+      if (is_in(bucket, below)) {
         threshold = decisions.thresholds[below];
         while (above < kLevels - 1 && decisions.thresholds[above] == threshold) ++above;
-        is_right = is_right && !is_in(decisions, above, bucket);
+        is_right = is_right && !is_in(bucket, above);
       }
       const uint32_t codes = decisions.codes[below] << kBits | decisions.codes[above];
       entries[bucket] = {threshold, codes << (32 - 2 * kBits)};
@@ -97,9 +101,8 @@ struct NearestTable {
 
  private:
   // The last threshold is infinite: there is no level above.
-  __device__ static bool is_in(const Decisions<kLevels>& decisions, int position, int bucket) {
-    return position < kLevels - 1 &&
-           Buckets<kLevels>::of_any(decisions.thresholds[position]) == bucket;
+  __device__ bool is_in(int bucket, int position) const {
+    return position < kLevels - 1 && bucket_of[position] == bucket;
   }
 };
 

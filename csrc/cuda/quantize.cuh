@@ -16,35 +16,37 @@ constexpr int64_t kMostThreadBlocks = 1024;
 template <int kLevels>
 constexpr int kValuesPerByte = kLevels == 16 ? 2 : 1;
 
-// Values of a thread: their codes are one vector.
-template <int kLevels>
-constexpr int kPart = kVectorBytes * kValuesPerByte<kLevels>;
+// Values of a thread: their codes are one vector, or two.
+constexpr int kPart = 32;
 
 // The longest block of quantize_whole_blocks.
 constexpr int64_t kLongestWholeBlock = 4096;
 
-// The largest of `neighbours` threads in a row, a power of two up to 32, to each of them.
-__device__ inline float largest_of_neighbours(float most, int neighbours) {
+// The largest of 2^shift threads in a row, to each of them. kMost: the most there may be, 2 to 32.
+template <int kMost>
+__device__ float largest_of_neighbours(float most, int shift) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int distance = step < neighbours ? step : 0;
+  for (int step = 1; step < kMost; step *= 2) {
+    const int distance = step >> shift == 0 ? step : 0;
     most = larger(most, __shfl_xor_sync(0xffffffffu, most, distance));
   }
   return most;
 }
 
-// The same for a power of two of whole warps. Called by all threads of a thread block.
-__device__ inline float largest_of_warps(float most, int neighbours) {
+__device__ inline float largest_of_warp(float most) { return largest_of_neighbours<32>(most, 5); }
+
+// The largest of 2^shift threads in a row, whole warps. Called by all threads of a thread block.
+__device__ inline float largest_of_warps(float most, int shift) {
   __shared__ float maxima[kThreads / 32];
-  maxima[threadIdx.x / 32] = largest_of_neighbours(most, 32);
+  const int warps_shift = shift - 5;
+  const int first = threadIdx.x >> shift << warps_shift;
+  const int other = threadIdx.x & ((1 << warps_shift) - 1);
+  most = largest_of_warp(most);
+  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = most;
   __syncthreads();
-  const int first = threadIdx.x / neighbours * neighbours / 32;
-  most = maxima[first];
-  for (int warp = first + 1; warp < first + neighbours / 32; ++warp) {
-    most = larger(most, maxima[warp]);
-  }
+  most = maxima[first + other];
   __syncthreads();
-  return most;
+  return largest_of_neighbours<kThreads / 32>(most, warps_shift);
 }
 
 template <typename Value, int kWords>
@@ -70,19 +72,19 @@ __device__ uint32_t pack_word(Code code) {
   return packed;
 }
 
-// Where no table serves, or absmax is 0, tiny, infinite or NaN: each value by the plain rule.
+// The codes of values[i] and, of two codes in a byte, values[i + 1], by the plain rule. What is
+// missing behind an odd number of values counts as the level 0.
 template <int kLevels, typename Value>
-__device__ __forceinline__ void quantize_part_plainly(const Value* x, float absmax,
-                                                      const Decisions<kLevels>& decisions,
-                                                      uint32_t* packed) {
-  constexpr int kBits = NearestTable<kLevels>::kBits;
+__device__ uint8_t quantize_byte(const Value* values, int64_t i, int64_t n, float absmax,
+                                 const Decisions<kLevels>& decisions, const float* codebook) {
+  uint32_t byte = 0;
 #pragma unroll 1
-  for (int word = 0; word < kVectorBytes / 4; ++word) {
-    const Value* values = x + word * (32 / kBits);
-    packed[word] = pack_word<kLevels>([&](int i) {
-      return decisions.code(normalise(to_float(values[i]), absmax)) << (32 - kBits);
-    });
+  for (int64_t end = i + kValuesPerByte<kLevels>; i < end; ++i) {
+    const uint32_t code =
+        i < n ? decisions.code(normalise(to_float(values[i]), absmax)) : code_of_zero(codebook);
+    byte = byte << 4 | code;
   }
+  return static_cast<uint8_t>(byte);
 }
 
 // Blocks of kPart values times a power of two, up to kThreads of these.
@@ -94,43 +96,48 @@ __global__ void __launch_bounds__(kThreads)
                           int64_t parts,          // of all blocks
                           int block_shift,        // a block has 2^block_shift parts
                           const float* codebook,  // (kLevels)
-                          uint8_t* packed,        // (parts * 16)
+                          uint8_t* packed,        // (parts * kPart / kValuesPerByte)
                           float* absmax) {        // (parts >> block_shift)
-  constexpr int kWords = kPart<kLevels> / Word<Value>::kValues;
+  constexpr int kWords = kPart / Word<Value>::kValues;
+  constexpr int kBytes = kPart / kValuesPerByte<kLevels>;
   __shared__ Decisions<kLevels> decisions;
   __shared__ NearestTable<kLevels> table;
   decisions.fill(codebook);
   const bool has_table = table.fill(decisions);
-  const int neighbours = 1 << block_shift;
+  const bool is_first = (threadIdx.x & ((1 << block_shift) - 1)) == 0;  // of its block
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < parts;
        first += stride) {
     const int64_t part = first + threadIdx.x;
     uint32_t words[kWords] = {};
-    if (part < parts) load_words(x + part * kPart<kLevels>, words);
+    if (part < parts) load_words(x + part * kPart, words);
     float most = largest_magnitude<Value>(words);
-    most =
-        kAcrossWarps ? largest_of_warps(most, neighbours) : largest_of_neighbours(most, neighbours);
+    most = kAcrossWarps ? largest_of_warps(most, block_shift)
+                        : largest_of_neighbours<32>(most, block_shift);
     if (part >= parts) continue;
-    if ((threadIdx.x & (neighbours - 1)) == 0) absmax[part >> block_shift] = most;
+    if (is_first) absmax[part >> block_shift] = most;
     const float reciprocal = 1.0f / most;
-    uint32_t* codes = reinterpret_cast<uint32_t*>(packed + part * kVectorBytes);
+    // Where no table serves, or absmax is 0, tiny, infinite or NaN, the plain rule.
     if (!has_table || !(reciprocal > 0.0f) || isinf(reciprocal)) {
-      quantize_part_plainly(x + part * kPart<kLevels>, most, decisions, codes);
+#pragma unroll 1
+      for (int64_t byte = part * kBytes; byte < (part + 1) * kBytes; ++byte) {
+        packed[byte] = quantize_byte(x, byte * kValuesPerByte<kLevels>, parts * kPart, most,
+                                     decisions, codebook);
+      }
       continue;
     }
-    uint32_t result[kVectorBytes / 4];
+    uint32_t codes[kBytes / 4];
 #pragma unroll
-    for (int i = 0; i < kVectorBytes / 4; ++i) {
+    for (int i = 0; i < kBytes / 4; ++i) {
       constexpr int kPerWord = Word<Value>::kValues;
-      constexpr int kPerResult = kPart<kLevels> / (kVectorBytes / 4);
-      result[i] = pack_word<kLevels>([&](int j) {
+      constexpr int kPerResult = 4 * kValuesPerByte<kLevels>;
+      codes[i] = pack_word<kLevels>([&](int j) {
         const int value = i * kPerResult + j;
         const float x32 = Word<Value>::value(words[value / kPerWord], value % kPerWord);
         return table.code(x32 * reciprocal);
       });
     }
-    store_words(result, codes);
+    store_words(codes, packed + part * kBytes);
   }
 }
 
@@ -148,23 +155,20 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Decisions<kLevels> decisions;
   decisions.fill(codebook);
   const int lane = threadIdx.x % 32;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kThreads / 32;
+  // The same for all lanes, which the compiler can see only of what a shuffle returns.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int64_t warps = gridDim.x * int64_t{kThreads / 32};
   const int64_t blocks = (n - 1) / block_size + 1;
-  for (int64_t block = first_block + thread / 32; block < blocks; block += warps) {
+  for (int64_t block = first_block + blockIdx.x * int64_t{kThreads / 32} + warp; block < blocks;
+       block += warps) {
     const int64_t start = block * block_size;
     const int64_t end = n - start < block_size ? n : start + block_size;
     float most = 0.0f;
     for (int64_t i = start + lane; i < end; i += 32) most = larger(most, fabsf(to_float(x[i])));
-    most = largest_of_neighbours(most, 32);
+    most = largest_of_warp(most);
     if (lane == 0) absmax[block] = most;
     for (int64_t i = start + lane * kPerByte; i < end; i += 32 * kPerByte) {
-      uint32_t byte = decisions.code(normalise(to_float(x[i]), most));
-      if (kPerByte == 2) {
-        byte = byte << 4 | (i + 1 < end ? decisions.code(normalise(to_float(x[i + 1]), most))
-                                        : code_of_zero(codebook));
-      }
-      packed[i / kPerByte] = static_cast<uint8_t>(byte);
+      packed[i / kPerByte] = quantize_byte(x, i, n, most, decisions, codebook);
     }
   }
 }
@@ -174,9 +178,8 @@ inline int thread_blocks(int64_t threads) {
   return static_cast<int>(needed < kMostThreadBlocks ? needed : kMostThreadBlocks);
 }
 
-template <int kLevels>
-bool has_whole_blocks(const void* x, int64_t block_size, const uint8_t* packed) {
-  return block_size >= kPart<kLevels> && block_size <= kLongestWholeBlock &&
+inline bool has_whole_blocks(const void* x, int64_t block_size, const uint8_t* packed) {
+  return block_size >= kPart && block_size <= kLongestWholeBlock &&
          (block_size & (block_size - 1)) == 0 && is_aligned(x, kVectorBytes) &&
          is_aligned(packed, kVectorBytes);
 }
@@ -186,10 +189,10 @@ int quantize_values(const Value* x, int64_t n, const float* codebook, int64_t bl
                     uint8_t* packed, float* absmax, cudaStream_t stream) {
   if (n == 0) return kOk;
   int64_t whole = 0;
-  if (has_whole_blocks<kLevels>(x, block_size, packed)) whole = n / block_size;
+  if (has_whole_blocks(x, block_size, packed)) whole = n / block_size;
   if (whole > 0) {
     int block_shift = 0;
-    while ((kPart<kLevels> << block_shift) < block_size) ++block_shift;
+    while ((int64_t{kPart} << block_shift) < block_size) ++block_shift;
     const int64_t parts = whole << block_shift;
     const auto kernel = block_shift > 5 ? quantize_whole_blocks<kLevels, true, Value>
                                         : quantize_whole_blocks<kLevels, false, Value>;
