@@ -3,12 +3,10 @@
 
 #pragma once
 
+#include "grid.cuh"
 #include "memory.cuh"
 
 namespace qlora {
-
-// The threads of a thread block; each puts one level of a codebook in its place.
-constexpr int kThreads = 256;
 
 // x / absmax: by the reciprocal, or by a quotient where that overflows, so that tiny blocks keep
 // their shape. A block of zeros stays zero.
@@ -50,8 +48,9 @@ struct Decisions {
   float thresholds[kLevels];
   uint8_t codes[kLevels];
 
-  // Called by all threads of a thread block.
+  // Called by all threads of a thread block; each puts one level in its place.
   __device__ void fill(const float* codebook) {
+    static_assert(kLevels <= kThreads, "a thread has one level at most");
     const int code = threadIdx.x;
     if (code < kLevels) levels[code] = codebook[code];
     __syncthreads();

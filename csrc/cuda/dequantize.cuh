@@ -5,26 +5,23 @@
 
 #pragma once
 
+#include "grid.cuh"
 #include "launch.cuh"
 #include "memory.cuh"
 #include "scales.cuh"
 
 namespace qlora {
 
-constexpr int kThreads = 256;
-
-// Thread blocks of a launch: enough to fill any GPU of today.
-constexpr int64_t kMostThreadBlocks = 1024;
-
 // Byte i of a word, counted from the lowest: one instruction, where a shift and a mask are two.
 __device__ inline uint32_t byte_of(uint32_t word, int i) {
   return __byte_perm(word, 0, 0x4440 + i);
 }
 
-// Chunks that a thread restores without a look at the end.
+// Chunks that a thread restores between looks at where the end is.
 constexpr int kTurns = 4;
 
-// Eight codes as they lie in memory.
+// Eight codes as they lie in memory. offset(i): four times code i, where its level is in a table of
+// floats, in bytes.
 template <int kLevels>
 struct Chunk;
 
@@ -33,7 +30,8 @@ struct Chunk<16> {
   static constexpr int kValues = 8;
   uint32_t word;
 
-  // The even code is the upper one of its byte.
+  // The even code is the upper one of its byte. All even ones, or all odd ones, are shifted to bits
+  // 2 to 5 of their bytes at once.
   __device__ uint32_t offset(int i) const {
     return byte_of((i % 2 == 0 ? word >> 2 : word << 2) & 0x3c3c3c3c, i / 2);
   }
@@ -109,11 +107,6 @@ __global__ void __launch_bounds__(kThreads)
     const float level = codebook[Chunk<kLevels>::code_at(packed, i)];
     round_to(level * scales.at<kNested>(i / block_size), y + i);
   }
-}
-
-inline int thread_blocks(int64_t threads) {
-  const int64_t needed = (threads - 1) / kThreads + 1;
-  return static_cast<int>(needed < kMostThreadBlocks ? needed : kMostThreadBlocks);
 }
 
 template <int kLevels, bool kNested, typename Value>

@@ -10,13 +10,10 @@
 
 namespace qlora {
 
-// Thread blocks of a launch: enough to fill any GPU of today. Each makes its tables once.
-constexpr int64_t kMostThreadBlocks = 1024;
-
 template <int kLevels>
 constexpr int kValuesPerByte = kLevels == 16 ? 2 : 1;
 
-// Values of a thread: their codes are one vector, or two.
+// Values in a row that a thread quantises at a time: their codes are one vector, or two.
 constexpr int kPart = 32;
 
 // The longest block of quantize_whole_blocks.
@@ -87,9 +84,9 @@ __device__ uint8_t quantize_byte(const Value* values, int64_t i, int64_t n, floa
   return static_cast<uint8_t>(byte);
 }
 
-// Blocks of kPart values times a power of two, up to kThreads of these.
-// A thread quantises one part at a time: kPart values in a row. Threads: kThreads.
-// Aligned to 16 bytes: x, packed.
+// Blocks of kPart values times a power of two, up to kLongestWholeBlock. A thread quantises a part
+// at a time; the threads of a block are neighbours, in several warps where they are more than 32.
+// Threads: kThreads. Aligned to 16 bytes: x, packed.
 template <int kLevels, bool kAcrossWarps, typename Value>
 __global__ void __launch_bounds__(kThreads)
     quantize_whole_blocks(const Value* x,         // (parts * kPart)
@@ -130,11 +127,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kBytes / 4; ++i) {
       constexpr int kPerWord = Word<Value>::kValues;
-      constexpr int kPerResult = 4 * kValuesPerByte<kLevels>;
+      constexpr int kPerCodes = 4 * kValuesPerByte<kLevels>;
       codes[i] = pack_word<kLevels>([&](int j) {
-        const int value = i * kPerResult + j;
-        const float x32 = Word<Value>::value(words[value / kPerWord], value % kPerWord);
-        return table.code(x32 * reciprocal);
+        const int value = i * kPerCodes + j;
+        return table.code(Word<Value>::value(words[value / kPerWord], value % kPerWord) *
+                          reciprocal);
       });
     }
     store_words(codes, packed + part * kBytes);
@@ -173,11 +170,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-inline int thread_blocks(int64_t threads) {
-  const int64_t needed = (threads - 1) / kThreads + 1;
-  return static_cast<int>(needed < kMostThreadBlocks ? needed : kMostThreadBlocks);
-}
-
+// Whether quantize_whole_blocks can do it.
 inline bool has_whole_blocks(const void* x, int64_t block_size, const uint8_t* packed) {
   return block_size >= kPart && block_size <= kLongestWholeBlock &&
          (block_size & (block_size - 1)) == 0 && is_aligned(x, kVectorBytes) &&
@@ -202,15 +195,15 @@ int quantize_values(const Value* x, int64_t n, const float* codebook, int64_t bl
   }
   const int64_t blocks = (n - 1) / block_size + 1;
   if (whole == blocks) return kOk;
-  const int64_t threads = (blocks - whole) < kMostThreadBlocks * kThreads
-                              ? (blocks - whole) * 32
-                              : kMostThreadBlocks * kThreads;
-  quantize_any_blocks<kLevels><<<thread_blocks(threads), kThreads, 0, stream>>>(
+  // A warp each, but no product beyond 64 bits.
+  const int64_t warps =
+      blocks - whole < kMostThreadBlocks * kThreads ? blocks - whole : kMostThreadBlocks * kThreads;
+  quantize_any_blocks<kLevels><<<thread_blocks(32 * warps), kThreads, 0, stream>>>(
       x, n, block_size, whole, codebook, packed, absmax);
   return launched();
 }
 
-// Both entry points.
+// What both entry points do.
 template <int kLevels>
 int quantize(const void* x, int dtype, int64_t n, const float* codebook, int64_t block_size,
              uint8_t* packed, float* absmax, Execution how) {
