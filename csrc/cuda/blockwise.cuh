@@ -46,7 +46,7 @@ template <int kLevels>
 struct Decisions {
   float levels[kLevels];  // in the order of codes
   float thresholds[kLevels];
-  uint8_t codes[kLevels];
+  uint32_t codes[kLevels];
 
   // Called by all threads of a thread block; each puts one level in its place.
   __device__ void fill(const float* codebook) {
@@ -81,7 +81,7 @@ struct Decisions {
     }
     // A midpoint may round to -0, which look-ups would take for less than 0.
     thresholds[position] = (level + next) / 2.0f + 0.0f;
-    codes[position] = static_cast<uint8_t>(code);
+    codes[position] = code;
   }
 };
 

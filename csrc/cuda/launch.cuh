@@ -10,10 +10,18 @@
 
 namespace qlora {
 
-// The status of the launch just made.
-inline int launched() {
-  const cudaError_t error = cudaGetLastError();
+inline int status_of(cudaError_t error) {
   return error == cudaSuccess ? kOk : kCudaError + static_cast<int>(error);
+}
+
+// The status of the launch just made.
+inline int launched() { return status_of(cudaGetLastError()); }
+
+// Lets a kernel have more dynamic shared memory than the 48 KiB that need no asking.
+template <typename Kernel>
+int allow_shared(Kernel kernel, int bytes) {
+  return status_of(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 // Calls function with a value of the type that dtype names; what it returns, or kUnknownDtype.

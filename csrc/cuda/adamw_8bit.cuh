@@ -1,0 +1,188 @@
+// AdamW with moments in 8 bits: restored, updated, used, then quantised anew, in one pass.
+
+#pragma once
+
+#include "adamw.cuh"
+#include "quantize.cuh"
+
+namespace qlora {
+
+constexpr int kCodedBlock = 256;  // values that share a scale
+constexpr int kCodedValues = 16;  // in a row, of a thread
+constexpr int kCodedShift = 4;    // 2^4 threads have a block
+
+struct Codebooks {
+  const float* first;   // (256)
+  const float* second;  // (256)
+};
+
+// Levels, and how to find the nearest one. Lies in shared memory.
+struct Coder {
+  Decisions<256> decisions;
+  NearestTable<256> table;
+
+  __device__ float level(uint32_t code) const { return decisions.levels[code]; }
+};
+
+struct Coders {
+  Coder first, second;
+};
+
+// The new codes of a thread's part of a block with this absmax.
+template <int kNumber>
+__device__ void code_values(const Coder& coder, bool has_table, float absmax,
+                            const float (&values)[kNumber], uint32_t (&codes)[kNumber / 4]) {
+  const float reciprocal = 1.0f / absmax;
+  // Where no table serves, or absmax is 0, tiny, infinite or NaN, the plain rule.
+  if (!has_table || !(reciprocal > 0.0f) || isinf(reciprocal)) {
+#pragma unroll
+    for (int i = 0; i < kNumber / 4; ++i) {
+      codes[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        codes[i] |= coder.decisions.code(normalise(values[4 * i + j], absmax)) << 8 * j;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kNumber / 4; ++i) {
+    codes[i] =
+        pack_word<256>([&](int j) { return coder.table.code(values[4 * i + j] * reciprocal); });
+  }
+}
+
+// The largest magnitude of a block, to each of its threads.
+template <int kNumber>
+__device__ float largest_of_block(const float (&values)[kNumber]) {
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kNumber; ++i) most = larger(most, fabsf(values[i]));
+  return largest_of_neighbours<1 << kCodedShift>(most, kCodedShift);
+}
+
+__device__ inline uint32_t byte_at(uint32_t word, int i) { return word >> 8 * i & 0xff; }
+
+// Threads: kThreads. Aligned to 16 bytes: all arrays of the pieces but the absmaxes; their counts
+// are multiples of kCodedBlock. Dynamic shared memory: Coders.
+template <typename Param, typename Grad>
+__global__ void __launch_bounds__(kThreads)
+    step_coded_vectors(Pieces pieces, Rule rule, Codebooks codebooks) {
+  extern __shared__ uint4 shared[];
+  Coders& coders = *reinterpret_cast<Coders*>(shared);
+  coders.first.decisions.fill(codebooks.first);
+  const bool has_first = coders.first.table.fill(coders.first.decisions);
+  coders.second.decisions.fill(codebooks.second);
+  const bool has_second = coders.second.table.fill(coders.second.decisions);
+  for_each_unit(pieces, kThreads * kCodedValues, [&](const Piece& piece, int64_t start) {
+    const int64_t i = start + threadIdx.x * kCodedValues;
+    const bool inside = i < piece.count;
+    const int64_t block = i / kCodedBlock;
+    uint8_t* first_codes = static_cast<uint8_t*>(piece.first_moments) + i;
+    uint8_t* second_codes = static_cast<uint8_t*>(piece.second_moments) + i;
+    Param* params = static_cast<Param*>(piece.params) + i;
+    float m[kCodedValues] = {}, v[kCodedValues] = {}, param[kCodedValues];
+    if (inside) {
+      float grad[kCodedValues];
+      uint32_t first[kCodedValues / 4], second[kCodedValues / 4];
+      load_values(static_cast<const Grad*>(piece.grads) + i, grad);
+      load_words(first_codes, first);
+      load_words(second_codes, second);
+      load_values(params, param);
+      const float first_absmax = piece.first_absmaxes[block];
+      const float second_absmax = piece.second_absmaxes[block];
+#pragma unroll
+      for (int j = 0; j < kCodedValues; ++j) {
+        const float old_m = coders.first.level(byte_at(first[j / 4], j % 4)) * first_absmax;
+        const float old_v = coders.second.level(byte_at(second[j / 4], j % 4)) * second_absmax;
+        m[j] = rule.first_moment(old_m, grad[j]);
+        v[j] = rule.second_moment(old_v, grad[j]);
+        param[j] = rule.param(param[j], m[j], v[j]);
+      }
+      store_values(param, params);
+    }
+    const float first_absmax = largest_of_block(m);
+    const float second_absmax = largest_of_block(v);
+    __syncwarp();  // all threads of a block have read its absmaxes
+    if (!inside) return;
+    if (i % kCodedBlock == 0) {
+      piece.first_absmaxes[block] = first_absmax;
+      piece.second_absmaxes[block] = second_absmax;
+    }
+    uint32_t codes[kCodedValues / 4];
+    code_values(coders.first, has_first, first_absmax, m, codes);
+    store_words(codes, first_codes);
+    code_values(coders.second, has_second, second_absmax, v, codes);
+    store_words(codes, second_codes);
+  });
+}
+
+// A block by a warp, value by value, by the plain rule. Threads: kThreads. No alignment.
+template <typename Param, typename Grad>
+__global__ void __launch_bounds__(kThreads)
+    step_coded_each(Pieces pieces, Rule rule, Codebooks codebooks) {
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kEach = kCodedBlock / 32;
+  __shared__ Decisions<256> first, second;
+  first.fill(codebooks.first);
+  second.fill(codebooks.second);
+  const int lane = threadIdx.x % 32;
+  // The same for all lanes, which the compiler can see only of what a shuffle returns.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  for_each_unit(pieces, kWarps * kCodedBlock, [&](const Piece& piece, int64_t start) {
+    const int64_t block = start / kCodedBlock + warp;
+    if (block * kCodedBlock >= piece.count) return;
+    uint8_t* first_codes = static_cast<uint8_t*>(piece.first_moments);
+    uint8_t* second_codes = static_cast<uint8_t*>(piece.second_moments);
+    Param* params = static_cast<Param*>(piece.params);
+    const float old_first = piece.first_absmaxes[block], old_second = piece.second_absmaxes[block];
+    float m[kEach] = {}, v[kEach] = {};
+    float most_m = 0.0f, most_v = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int64_t i = block * kCodedBlock + 32 * j + lane;
+      if (i >= piece.count) continue;
+      const float grad = to_float(static_cast<const Grad*>(piece.grads)[i]);
+      m[j] = rule.first_moment(first.levels[first_codes[i]] * old_first, grad);
+      v[j] = rule.second_moment(second.levels[second_codes[i]] * old_second, grad);
+      most_m = larger(most_m, fabsf(m[j]));
+      most_v = larger(most_v, fabsf(v[j]));
+      round_to(rule.param(to_float(params[i]), m[j], v[j]), params + i);
+    }
+    most_m = largest_of_warp(most_m);
+    most_v = largest_of_warp(most_v);
+    __syncwarp();  // all lanes have read the absmaxes
+    if (lane == 0) {
+      piece.first_absmaxes[block] = most_m;
+      piece.second_absmaxes[block] = most_v;
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int64_t i = block * kCodedBlock + 32 * j + lane;
+      if (i >= piece.count) continue;
+      first_codes[i] = static_cast<uint8_t>(first.code(normalise(m[j], most_m)));
+      second_codes[i] = static_cast<uint8_t>(second.code(normalise(v[j], most_v)));
+    }
+  });
+}
+
+template <typename Param, typename Grad>
+int launch_coded_vectors(const Pieces& pieces, const Rule& rule, const Codebooks& codebooks,
+                         cudaStream_t stream) {
+  const auto kernel = step_coded_vectors<Param, Grad>;
+  const int bytes = sizeof(Coders);
+  if (const int status = allow_shared(kernel, bytes); status != kOk) return status;
+  const int blocks = unit_blocks(pieces, kThreads * kCodedValues);
+  kernel<<<blocks, kThreads, bytes, stream>>>(pieces, rule, codebooks);
+  return launched();
+}
+
+template <typename Param, typename Grad>
+int launch_coded_each(const Pieces& pieces, const Rule& rule, const Codebooks& codebooks,
+                      cudaStream_t stream) {
+  const int blocks = unit_blocks(pieces, kThreads / 32 * kCodedBlock);
+  step_coded_each<Param, Grad><<<blocks, kThreads, 0, stream>>>(pieces, rule, codebooks);
+  return launched();
+}
+
+}  // namespace qlora

@@ -1,0 +1,225 @@
+// One step of AdamW on many tensors per launch. The order of float operations is that of
+// qlora_ref/reference/adamw_step.py.
+//
+// A kernel's parameters carry the list of tensors: nothing is allocated or copied for it. Tensors
+// of one launch have the same dtypes. Where a tensor's arrays begin at multiples of 16 bytes,
+// threads take several values in a row by whole vectors; what is left over, and all of other
+// tensors, is taken value by value.
+
+#include <cmath>
+
+#include "adamw_8bit.cuh"
+
+namespace qlora {
+namespace {
+
+constexpr int kValues = 8;  // in a row, of a thread
+
+// Threads: kThreads. Aligned to 16 bytes: all arrays of the pieces; their counts are multiples of
+// kValues.
+template <typename Param, typename Grad>
+__global__ void __launch_bounds__(kThreads) step_vectors(Pieces pieces, Rule rule) {
+  for_each_unit(pieces, kThreads * kValues, [&](const Piece& piece, int64_t first) {
+    const int64_t i = first + threadIdx.x * kValues;
+    if (i >= piece.count) return;
+    float* first_moments = static_cast<float*>(piece.first_moments) + i;
+    float* second_moments = static_cast<float*>(piece.second_moments) + i;
+    Param* params = static_cast<Param*>(piece.params) + i;
+    float grad[kValues], m[kValues], v[kValues], param[kValues];
+    load_values(static_cast<const Grad*>(piece.grads) + i, grad);
+    load_values(first_moments, m);
+    load_values(second_moments, v);
+    load_values(params, param);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      m[j] = rule.first_moment(m[j], grad[j]);
+      v[j] = rule.second_moment(v[j], grad[j]);
+      param[j] = rule.param(param[j], m[j], v[j]);
+    }
+    store_values(m, first_moments);
+    store_values(v, second_moments);
+    store_values(param, params);
+  });
+}
+
+// Threads: kThreads. No alignment.
+template <typename Param, typename Grad>
+__global__ void __launch_bounds__(kThreads) step_each(Pieces pieces, Rule rule) {
+  for_each_unit(pieces, kThreads, [&](const Piece& piece, int64_t first) {
+    const int64_t i = first + threadIdx.x;
+    if (i >= piece.count) return;
+    float* m = static_cast<float*>(piece.first_moments) + i;
+    float* v = static_cast<float*>(piece.second_moments) + i;
+    Param* param = static_cast<Param*>(piece.params) + i;
+    const float grad = to_float(static_cast<const Grad*>(piece.grads)[i]);
+    *m = rule.first_moment(*m, grad);
+    *v = rule.second_moment(*v, grad);
+    round_to(rule.param(to_float(*param), *m, *v), param);
+  });
+}
+
+// What adamw_step is given of the tensors.
+struct Tensors {
+  int64_t number;
+  const int64_t* counts;
+  void* const* params;
+  const int* param_dtypes;
+  const void* const* grads;
+  const int* grad_dtypes;
+  void* const* first_moments;
+  void* const* second_moments;
+  float* const* first_absmaxes;
+  float* const* second_absmaxes;
+
+  bool are_coded() const { return first_absmaxes != nullptr; }
+
+  // The whole tensor.
+  Piece piece(int64_t i) const {
+    return {params[i],
+            grads[i],
+            first_moments[i],
+            second_moments[i],
+            are_coded() ? first_absmaxes[i] : nullptr,
+            are_coded() ? second_absmaxes[i] : nullptr,
+            counts[i]};
+  }
+};
+
+bool is_aligned_piece(const Piece& piece) {
+  return is_aligned(piece.params, kVectorBytes) && is_aligned(piece.grads, kVectorBytes) &&
+         is_aligned(piece.first_moments, kVectorBytes) &&
+         is_aligned(piece.second_moments, kVectorBytes);
+}
+
+// The values of a piece from the first one on, a multiple of kCodedBlock where moments are coded.
+template <typename Param, typename Grad>
+Piece rest_of(const Piece& piece, int64_t first) {
+  const bool coded = piece.first_absmaxes != nullptr;
+  const int64_t moment_bytes = coded ? 1 : sizeof(float);
+  const int64_t block = first / kCodedBlock;
+  return {static_cast<Param*>(piece.params) + first,
+          static_cast<const Grad*>(piece.grads) + first,
+          static_cast<char*>(piece.first_moments) + first * moment_bytes,
+          static_cast<char*>(piece.second_moments) + first * moment_bytes,
+          coded ? piece.first_absmaxes + block : nullptr,
+          coded ? piece.second_absmaxes + block : nullptr,
+          piece.count - first};
+}
+
+// Collects pieces and launches a kernel for as many as its parameters have room for.
+template <typename Launch>
+class Collector {
+ public:
+  explicit Collector(Launch launch) : launch_(launch) {}
+
+  int add(Piece piece) {
+    if (piece.count == 0) return kOk;
+    pieces_.items[pieces_.number++] = piece;
+    return pieces_.number == kMostPieces ? finish() : kOk;
+  }
+
+  int finish() {
+    const int status = pieces_.number == 0 ? kOk : launch_(pieces_);
+    pieces_.number = 0;
+    return status;
+  }
+
+ private:
+  Launch launch_;
+  Pieces pieces_ = {};
+};
+
+// Steps all tensors of these dtypes: what is aligned in whole units of `unit` values by one
+// launcher, the rest by the other.
+template <typename Param, typename Grad, typename Vectors, typename Each>
+int step_tensors(const Tensors& tensors, int param_dtype, int grad_dtype, int unit, Vectors vectors,
+                 Each each) {
+  Collector<Vectors> aligned(vectors);
+  Collector<Each> others(each);
+  for (int64_t i = 0; i < tensors.number; ++i) {
+    if (tensors.param_dtypes[i] != param_dtype || tensors.grad_dtypes[i] != grad_dtype) continue;
+    Piece whole = tensors.piece(i);
+    const int64_t first = is_aligned_piece(whole) ? whole.count / unit * unit : 0;
+    const Piece rest = rest_of<Param, Grad>(whole, first);
+    whole.count = first;
+    if (const int status = aligned.add(whole); status != kOk) return status;
+    if (const int status = others.add(rest); status != kOk) return status;
+  }
+  if (const int status = aligned.finish(); status != kOk) return status;
+  return others.finish();
+}
+
+template <typename Param, typename Grad>
+int step_with_float_moments(const Tensors& tensors, int param_dtype, int grad_dtype,
+                            const Rule& rule, cudaStream_t stream) {
+  const auto vectors = [&](const Pieces& pieces) {
+    const int blocks = unit_blocks(pieces, kThreads * kValues);
+    step_vectors<Param, Grad><<<blocks, kThreads, 0, stream>>>(pieces, rule);
+    return launched();
+  };
+  const auto each = [&](const Pieces& pieces) {
+    step_each<Param, Grad><<<unit_blocks(pieces, kThreads), kThreads, 0, stream>>>(pieces, rule);
+    return launched();
+  };
+  return step_tensors<Param, Grad>(tensors, param_dtype, grad_dtype, kValues, vectors, each);
+}
+
+template <typename Param, typename Grad>
+int step_with_coded_moments(const Tensors& tensors, int param_dtype, int grad_dtype,
+                            const Rule& rule, const Codebooks& codebooks, cudaStream_t stream) {
+  const auto vectors = [&](const Pieces& pieces) {
+    return launch_coded_vectors<Param, Grad>(pieces, rule, codebooks, stream);
+  };
+  const auto each = [&](const Pieces& pieces) {
+    return launch_coded_each<Param, Grad>(pieces, rule, codebooks, stream);
+  };
+  return step_tensors<Param, Grad>(tensors, param_dtype, grad_dtype, kCodedBlock, vectors, each);
+}
+
+int find_error(const Tensors& tensors) {
+  for (int64_t i = 0; i < tensors.number; ++i) {
+    if (tensors.counts[i] < 0) return kBadSize;
+    const auto known = [](auto) { return kOk; };
+    if (with_dtype(tensors.param_dtypes[i], known) != kOk) return kUnknownDtype;
+    if (with_dtype(tensors.grad_dtypes[i], known) != kOk) return kUnknownDtype;
+  }
+  return kOk;
+}
+
+}  // namespace
+
+int adamw_step(int64_t number, const int64_t* counts, void* const* params, const int* param_dtypes,
+               const void* const* grads, const int* grad_dtypes, void* const* first_moments,
+               void* const* second_moments, float* const* first_absmaxes,
+               float* const* second_absmaxes, const float* first_codebook,
+               const float* second_codebook, double lr, double beta1, double beta2, double eps,
+               double weight_decay, int64_t step, Execution how) {
+  if (number < 0 || step < 1) return kBadSize;
+  const Tensors tensors{number,         counts,         params,        param_dtypes,
+                        grads,          grad_dtypes,    first_moments, second_moments,
+                        first_absmaxes, second_absmaxes};
+  if (const int status = find_error(tensors); status != kOk) return status;
+  const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<double>(step));
+  const Codebooks codebooks{first_codebook, second_codebook};
+  const cudaStream_t stream = static_cast<cudaStream_t>(how);
+  for (const int param_dtype : {kFloat32, kBfloat16, kFloat16}) {
+    for (const int grad_dtype : {kFloat32, kBfloat16, kFloat16}) {
+      const int status = with_dtype(param_dtype, [&](auto param) {
+        return with_dtype(grad_dtype, [&](auto grad) {
+          using Param = decltype(param);
+          using Grad = decltype(grad);
+          if (!tensors.are_coded()) {
+            return step_with_float_moments<Param, Grad>(tensors, param_dtype, grad_dtype, rule,
+                                                        stream);
+          }
+          return step_with_coded_moments<Param, Grad>(tensors, param_dtype, grad_dtype, rule,
+                                                      codebooks, stream);
+        });
+      });
+      if (status != kOk) return status;
+    }
+  }
+  return kOk;
+}
+
+}  // namespace qlora
