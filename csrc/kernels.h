@@ -27,8 +27,9 @@ enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 
 constexpr int kInterfaceVersion = 4;
 
 // The kernels behind matmul_4bit in the CUDA library. All but the first multiply bfloat16 or
-// float16 on tensor cores and need block_size and K to be multiples of 32 (N of 8 when transposed);
-// a level is looked up in a table in shared memory, or by byte permutations in registers.
+// float16 on tensor cores, with levels rounded to that type (for many tokens also scales, and their
+// products). They need a block_size that is a power of two from 32 on, K a multiple of 32 (N of 8
+// when transposed); a level is looked up in a table in shared memory, or by byte permutations.
 enum MatmulKernel : int {
   kGeneral = 0,  // any shape and dtype, float arithmetic
   kFewTokensTable = 1,

@@ -29,6 +29,7 @@ class Gpu:
     multiprocessors: int
     clock: float  # cycles a second
     bandwidth: float  # bytes a second
+    shared_bytes: int  # the most that a block of threads can have of shared memory
 
     @property
     def slots_per_weight(self) -> float:
@@ -68,13 +69,17 @@ WARP = 32
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of one warp a cycle
 BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)  # NF4 in blocks of 64, double-quantised
 
-# Looking levels up in shared memory takes 2.1 instructions a weight, by byte permutations 4.7, but
-# the table takes 64 KiB, so that fewer blocks run on a multiprocessor at a time. Where memory
-# leaves time for the permutations (with a quarter to spare), they are the better choice.
-PERMUTE_SLOTS = 4.7 * 1.25
+# Looking levels up in shared memory takes 2.3 instructions a weight, by byte permutations 3.9, of
+# which most keep their pipe for two cycles: 5.7 (benchmarks/static_gpu.py). But the table takes 64
+# KiB, so that fewer blocks run on a multiprocessor at a time. Where memory leaves time for the
+# permutations they are the better choice.
+PERMUTE_SLOTS = 5.7
 
 FEW_TOKENS = 32  # the most that the kernel for few tokens holds in registers
 STEP = 32  # tensor-core kernels read this many weights of a row at a time, within a block
+MOST_COUNTED = 1 << 28  # rows or columns, so that they count in 32 bits
+MOST_STEPS = 1 << 32  # in a weight, for the same reason
+MANY_TABLE_BYTES = 143 * 1024  # of shared memory: the table, x and codes on their way
 TRANSPOSED_STEP = 8  # and this many rows of a transposed weight
 
 # Outputs of a block of threads: a kernel for few tokens, for many (tokens, weights' side), general.
@@ -97,6 +102,8 @@ def choose(product: Product, gpu: Gpu) -> Plan:
     if product.tokens <= FEW_TOKENS and not product.transposed:
         kernel = Kernel.FEW_TOKENS_TABLE if by_table else Kernel.FEW_TOKENS_PERMUTE
         return Plan(kernel, _splits(product, gpu, FEW_TOKENS, FEW_TILE), f"few tokens; {why}")
+    if by_table and gpu.shared_bytes < MANY_TABLE_BYTES:
+        by_table, why = False, "too little shared memory for a table: byte permutations"
     kernel = Kernel.MANY_TOKENS_TABLE if by_table else Kernel.MANY_TOKENS_PERMUTE
     return Plan(kernel, _splits(product, gpu, *MANY_TILE), f"many tokens; {why}")
 
@@ -104,10 +111,15 @@ def choose(product: Product, gpu: Gpu) -> Plan:
 def _tensor_core_obstacle(product: Product) -> str | None:
     if not product.is_narrow:
         return "x is float32"
-    if product.block_size % STEP or product.columns % STEP:
-        return f"block_size and K are not both multiples of {STEP}"
+    if product.block_size < STEP or product.block_size & (product.block_size - 1):
+        return f"block_size is not a power of two from {STEP} on"
+    if product.columns % STEP:
+        return f"K is not a multiple of {STEP}"
     if product.transposed and product.rows % TRANSPOSED_STEP:
         return f"N is not a multiple of {TRANSPOSED_STEP}"
+    steps = product.rows * (product.columns // STEP)
+    if max(product.rows, product.columns) > MOST_COUNTED or steps >= MOST_STEPS:
+        return "the weight has more rows, columns or steps than are counted in 32 bits"
     if not product.is_aligned:
         return "x or the codes do not start at a multiple of 16 bytes"
     return None

@@ -246,6 +246,8 @@ def describe_gpu(device: torch.device) -> matmul_plan.Gpu:
         found.clock_rate * 1e3,
         # Both edges of the clock carry bits.
         2 * found.memory_clock_rate * 1e3 * found.memory_bus_width / 8,
+        # What a kernel gets when it asks; without asking, less.
+        getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
     )
 
 

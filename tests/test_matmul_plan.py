@@ -9,11 +9,11 @@ import pytest
 from qlora_ref.dispatch import explain
 from qlora_ref.matmul_plan import Gpu, Kernel, Product, choose
 
-# Multiprocessors, clock and bandwidth from NVIDIA's data sheets (H100 SXM5, A100 SXM4 80 GB,
-# GeForce RTX 4090).
-H100 = Gpu(132, 1.83e9, 3.35e12)
-A100 = Gpu(108, 1.41e9, 2.039e12)
-RTX_4090 = Gpu(128, 2.52e9, 1.008e12)
+# Multiprocessors, clock, bandwidth and shared memory from NVIDIA's data sheets (H100 SXM5, A100
+# SXM4 80 GB, GeForce RTX 4090).
+H100 = Gpu(132, 1.83e9, 3.35e12, 227 * 1024)
+A100 = Gpu(108, 1.41e9, 2.039e12, 163 * 1024)
+RTX_4090 = Gpu(128, 2.52e9, 1.008e12, 99 * 1024)
 
 PRODUCT = Product(1, 4096, 4096, 64, is_narrow=True, transposed=False, is_aligned=True)
 
@@ -24,7 +24,7 @@ def product(**changes: object) -> Product:
 
 def test_slots_per_weight_are_lanes_by_time() -> None:
     # 4 schedulers of 32 lanes; 0.5 + 1/64 + 4 / 16384 bytes a weight.
-    gpu = Gpu(multiprocessors=1, clock=1e9, bandwidth=(0.5 + 1 / 64 + 4 / 16384) * 1e9)
+    gpu = Gpu(1, 1e9, (0.5 + 1 / 64 + 4 / 16384) * 1e9, 0)
     assert gpu.slots_per_weight == pytest.approx(128)
 
 
@@ -39,6 +39,12 @@ def test_slower_memory_leaves_time_for_permutations() -> None:
     assert choose(product(tokens=512), RTX_4090).kernel is Kernel.MANY_TOKENS_PERMUTE
 
 
+def test_many_tokens_have_no_table_where_shared_memory_is_short() -> None:
+    short = dataclasses.replace(H100, shared_bytes=99 * 1024)
+    assert choose(product(tokens=512), short).kernel is Kernel.MANY_TOKENS_PERMUTE
+    assert choose(PRODUCT, short).kernel is Kernel.FEW_TOKENS_TABLE
+
+
 def test_few_tokens_end_at_32_and_a_gradient_is_never_of_few() -> None:
     assert choose(product(tokens=32), H100).kernel is Kernel.FEW_TOKENS_TABLE
     assert choose(product(tokens=33), H100).kernel is Kernel.MANY_TOKENS_TABLE
@@ -49,8 +55,11 @@ def test_few_tokens_end_at_32_and_a_gradient_is_never_of_few() -> None:
     ("changes", "reason"),
     [
         ({"is_narrow": False}, "float32"),
-        ({"block_size": 48}, "multiples of 32"),
-        ({"columns": 4080}, "multiples of 32"),
+        ({"block_size": 96}, "power of two"),
+        ({"block_size": 16}, "power of two"),
+        ({"columns": 4080}, "multiple of 32"),
+        ({"rows": 1 << 29}, "32 bits"),
+        ({"rows": 1 << 21, "columns": 1 << 17}, "32 bits"),
         ({"rows": 4092, "transposed": True}, "multiple of 8"),
         ({"is_aligned": False}, "multiple of 16 bytes"),
     ],

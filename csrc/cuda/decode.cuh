@@ -1,6 +1,7 @@
 // From bytes of two 4-bit codes to pairs of 16-bit levels, as tensor cores take them: two ways, of
 // which the better one depends on the GPU. Both round the levels of the codebook once to the 16-bit
-// type and are exact from there, whatever the codebook.
+// type and are exact from there, whatever the codebook. What is rounded are the levels times a
+// stretch that makes it cost little; scales are divided by it in turn.
 //
 // A decoder turns a word of four bytes into four pairs. The code in the high nibble is the earlier
 // element, so its level is the lower half of the pair.
@@ -17,10 +18,48 @@ namespace qlora {
 __device__ inline uint32_t bits_of(__half value) { return __half_as_ushort(value); }
 __device__ inline uint32_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
 
-// The 16 bits of a level.
+// The sum of squared errors of levels that are multiplied by a stretch, rounded and divided by it.
 template <typename Narrow>
-__device__ uint32_t level_bits(const float* codebook, int code) {
-  return bits_of(static_cast<Narrow>(codebook[code]));
+__device__ float rounding_error(const float* codebook, float stretch) {
+  float error = 0.0f;
+#pragma unroll 1
+  for (int code = 0; code < 16; ++code) {
+    const float exact = codebook[code] * stretch;
+    const float difference = static_cast<float>(static_cast<Narrow>(exact)) - exact;
+    error = __fmaf_rn(difference, difference, error);
+  }
+  return error / (stretch * stretch);
+}
+
+// The stretch, of 64 from 1 to 2, with the least error. NF4 loses half as much to bfloat16 with it.
+// Called by whole warps; the same to all.
+template <typename Narrow>
+__device__ float best_stretch(const float* codebook) {
+  const int lane = threadIdx.x % 32;
+  float best = 1.0f + lane / 64.0f;
+  float least = rounding_error<Narrow>(codebook, best);
+  const float other = best + 0.5f;
+  const float others = rounding_error<Narrow>(codebook, other);
+  if (others < least) {
+    least = others;
+    best = other;
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float error = __shfl_xor_sync(0xffffffffu, least, distance);
+    const float candidate = __shfl_xor_sync(0xffffffffu, best, distance);
+    if (error < least || (error == least && candidate < best)) {
+      least = error;
+      best = candidate;
+    }
+  }
+  return best;
+}
+
+// The 16 bits of a stretched level.
+template <typename Narrow>
+__device__ uint32_t level_bits(const float* codebook, float stretch, int code) {
+  return bits_of(static_cast<Narrow>(codebook[code] * stretch));
 }
 
 // Looks pairs up in shared memory: one byte permutation and one load for two weights.
@@ -31,24 +70,25 @@ __device__ uint32_t level_bits(const float* codebook, int code) {
 // byte, the lane the first.
 class TableDecoder {
  public:
+  TableDecoder() = default;
   static constexpr int kSharedBytes = 256 * 256;
 
   // All threads of the block fill the table, which lies at a multiple of 4; it can be read after a
-  // __syncthreads. threads: a multiple of 32.
+  // __syncthreads.
   template <typename Narrow>
-  static __device__ void fill(char* table, const float* codebook, int thread, int threads) {
-    const int lane = thread % 32;
-    for (int pair = thread / 32; pair < 256; pair += threads / 32) {
-      const uint32_t first = level_bits<Narrow>(codebook, pair >> 4);
-      const uint32_t second = level_bits<Narrow>(codebook, pair & 15);
+  static __device__ void fill(char* table, const float* codebook, float stretch) {
+    const int lane = threadIdx.x % 32;
+    for (int pair = threadIdx.x / 32; pair < 256; pair += blockDim.x / 32) {
+      const uint32_t first = level_bits<Narrow>(codebook, stretch, pair >> 4);
+      const uint32_t second = level_bits<Narrow>(codebook, stretch, pair & 15);
       *reinterpret_cast<uint32_t*>(table + kStride * pair + 4 * lane) = second << 16 | first;
     }
   }
 
-  // thread: of the block; a lane reads its own copies.
+  // A lane reads its own copies.
   template <typename Narrow>
-  static __device__ TableDecoder create(const char* table, const float*, int thread) {
-    return TableDecoder(table, 4 * (thread % 32));
+  static __device__ TableDecoder create(const char* table, const float*, float) {
+    return TableDecoder(table, 4 * (threadIdx.x % 32));
   }
 
   // pairs[i] = the levels of byte i.
@@ -80,18 +120,19 @@ class TableDecoder {
 // and from 8 on are looked up separately, and their fourth bit tells which result counts.
 class PermuteDecoder {
  public:
+  PermuteDecoder() = default;
   static constexpr int kSharedBytes = 0;
 
   template <typename Narrow>
-  static __device__ void fill(char*, const float*, int, int) {}
+  static __device__ void fill(char*, const float*, float) {}
 
   template <typename Narrow>
-  static __device__ PermuteDecoder create(const char*, const float* codebook, int) {
+  static __device__ PermuteDecoder create(const char*, const float* codebook, float stretch) {
     PermuteDecoder decoder;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t first = pair_of_levels<Narrow>(codebook, 4 * i);
-      const uint32_t second = pair_of_levels<Narrow>(codebook, 4 * i + 2);
+      const uint32_t first = pair_of_levels<Narrow>(codebook, stretch, 4 * i);
+      const uint32_t second = pair_of_levels<Narrow>(codebook, stretch, 4 * i + 2);
       decoder.low_[i] = __byte_perm(first, second, 0x6420);   // the even bytes
       decoder.high_[i] = __byte_perm(first, second, 0x7531);  // the odd bytes
     }
@@ -109,8 +150,9 @@ class PermuteDecoder {
 
  private:
   template <typename Narrow>
-  static __device__ uint32_t pair_of_levels(const float* codebook, int code) {
-    return level_bits<Narrow>(codebook, code + 1) << 16 | level_bits<Narrow>(codebook, code);
+  static __device__ uint32_t pair_of_levels(const float* codebook, float stretch, int code) {
+    return level_bits<Narrow>(codebook, stretch, code + 1) << 16 |
+           level_bits<Narrow>(codebook, stretch, code);
   }
 
   // The levels of the four codes in the lower half of codes; byte i of is_upper is 0xff where code

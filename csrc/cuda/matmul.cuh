@@ -36,6 +36,29 @@ struct Matmul {
   int64_t outputs() const { return transposed ? weight.columns : weight.rows; }
 };
 
+// Of 32 weights: what 32 bits can count.
+constexpr int64_t kMostVectors = int64_t{1} << 32;
+
+// Or outputs: vectors of 128 tokens can be counted in 32 bits.
+constexpr int64_t kMostInputs = int64_t{1} << 28;
+
+// log2 of the block size, if the kernels on tensor cores can read the weight; otherwise -1. They
+// ask for x of 16 bits, blocks of a power of two, whole steps of 32 in each row, and vectors of 16
+// bytes.
+inline int tensor_core_block_shift(const Matmul& matmul) {
+  const Weight& weight = matmul.weight;
+  const bool fits = matmul.dtype != kFloat32 && weight.block_size >= 32 &&
+                    (weight.block_size & (weight.block_size - 1)) == 0 &&
+                    weight.columns % 32 == 0 && weight.rows <= kMostInputs &&
+                    weight.columns <= kMostInputs &&
+                    weight.rows * (weight.columns / 32) < kMostVectors &&
+                    is_aligned(matmul.x, 16) && is_aligned(weight.packed, 16);
+  if (!fits) return -1;
+  int shift = 5;
+  while (int64_t{1} << shift < weight.block_size) ++shift;
+  return shift;
+}
+
 // Each launches its kernel (enum MatmulKernel) and returns a Status.
 int matmul_general(const Matmul& matmul);
 int matmul_few_tokens(const Matmul& matmul, bool by_table);

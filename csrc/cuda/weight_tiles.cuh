@@ -1,0 +1,243 @@
+// How the weight comes from its bytes to the tensor cores, for matmul_many_tokens.cu: as rows for
+// the product, as columns for its gradient.
+//
+// A warp multiplies 32 outputs (two heights of 16) by steps of 64 inputs. Lane 4 g + t of it has,
+// of each step, the inputs from 16 t on; the first half of them in half 0. Of these eight the two
+// tensor-core products of a half take four each, of which the first two count as inputs 2t and
+// 2t + 1 and the others as 2t + 8 and 2t + 9 (mma.cuh): x is read accordingly. See
+// docs/fragments.md.
+
+#pragma once
+
+#include "decode.cuh"
+#include "matmul.cuh"
+#include "mma.cuh"
+#include "split_sum.cuh"
+
+namespace qlora {
+
+constexpr int kWarps = 8;
+constexpr int kOutputs = 32 * kWarps;  // of a thread block
+constexpr int kStep = 64;              // inputs
+
+// Of the two heights, the weights for the two products of a half.
+using Operands = uint32_t[2][2][4];
+
+__device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return same_bits<uint32_t>(__hmul2(same_bits<__nv_bfloat162>(a), same_bits<__nv_bfloat162>(b)));
+}
+
+__device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b, __half) {
+  return same_bits<uint32_t>(__hmul2(same_bits<__half2>(a), same_bits<__half2>(b)));
+}
+
+// W (outputs, inputs): a thread's inputs lie in a row, its rows are g, g + 8, g + 16 and g + 24.
+template <typename Narrow, typename Decoder>
+class RowSource {
+ public:
+  static constexpr int kSharedBytes(int) { return 0; }
+
+  // The output, of the warp's 32, that register pair `pair` of lane 4 g + t is for.
+  static __device__ int output(int height, int pair, int g) { return 16 * height + 8 * pair + g; }
+
+  __device__ RowSource(const Weight& weight, int block_shift, int64_t first_output, int warp, int,
+                       int last, char*)
+      : weight_(weight), block_shift_(block_shift), last_(last), t_(threadIdx.x % 4) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int64_t row = first_output + 32 * warp + threadIdx.x % 32 / 4 + 8 * run;
+      // Outputs of rows beyond the last one are not stored.
+      rows_[run] = static_cast<uint32_t>(min(row, weight.rows - 1) * (weight.columns / 32));
+      if (run == t_) own_row_ = rows_[run];
+    }
+  }
+
+  // unstretch: what scales are multiplied by.
+  __device__ void set_decoder(const Decoder& decoder, float unstretch) {
+    decoder_ = decoder;
+    unstretch_ = unstretch;
+  }
+
+  __device__ void start_copy(int) {}
+
+  // Loads a step into registers: after the last half of the one before was decoded. In a last step
+  // of 32 the other inputs meet zeros of x: any weights of the row will do.
+  __device__ void load(int input) {
+    const int start = input + 16 * t_ < last_ ? input + 16 * t_ : input;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int64_t element = int64_t{rows_[run]} * 32 + start;
+      words_[run] = *reinterpret_cast<const uint2*>(weight_.packed + element / 2);
+    }
+    // Of the four threads with the same rows, thread t loads the scales of run t.
+    const int64_t row = int64_t{own_row_} * 32 + input;
+    next_scales_[0] = weight_.scales.load(row >> block_shift_);
+    next_scales_[1] = weight_.scales.load((input + 32 < last_ ? row + 32 : row) >> block_shift_);
+  }
+
+  // Turns to the step that was loaded.
+  __device__ void begin(int) {
+    const float scales[2] = {weight_.scales.restore(next_scales_[0]) * unstretch_,
+                             weight_.scales.restore(next_scales_[1]) * unstretch_};
+    const uint32_t own = Word<Narrow>::round(scales);
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      // Of inputs 0 to 31, which threads 0 and 1 have, and of 32 to 63; in both halves.
+      const uint32_t both = __shfl_sync(0xffffffffu, own, run, 4);
+      scales_[run] = __byte_perm(both, 0, t_ < 2 ? 0x1010 : 0x3232);
+    }
+  }
+
+  __device__ void decode(int half, Operands& operands) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      uint32_t pairs[4];
+      decoder_.decode(half == 0 ? words_[run].x : words_[run].y, pairs);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        operands[run / 2][i / 2][i % 2 * 2 + run % 2] =
+            multiply_pairs(pairs[i], scales_[run], Narrow{});
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRuns = 4;
+
+  const Weight& weight_;
+  const int block_shift_;
+  const int last_;
+  const int t_;
+  uint32_t rows_[kRuns];  // where they begin, in vectors of 32 weights
+  uint2 words_[kRuns];
+  uint32_t own_row_;
+  StoredScale next_scales_[2];
+  uint32_t scales_[kRuns];
+  Decoder decoder_;
+  float unstretch_;
+};
+
+// W (inputs, outputs): a thread's inputs are rows, of which it has four outputs, two bytes. Pairs
+// of two outputs become pairs of two inputs by swapping halves of two rows.
+template <typename Narrow, typename Decoder>
+class ColumnSource {
+ public:
+  static constexpr int kRowBytes = kOutputs / 2;
+  static constexpr int kStageBytes = kStep * kRowBytes;
+  static constexpr int kScaleBytes = kWarps * kStep * sizeof(Narrow);
+
+  static constexpr int kSharedBytes(int stages) { return stages * kStageBytes + kScaleBytes; }
+
+  static __device__ int output(int height, int pair, int g) { return 4 * g + 2 * height + pair; }
+
+  __device__ ColumnSource(const Weight& weight, int block_shift, int64_t first_output, int warp,
+                          int first, int last, char* shared)
+      : weight_(weight),
+        block_shift_(block_shift),
+        own_output_(first_output + 32 * warp),
+        warp_(warp),
+        last_(last),
+        stages_(shared + kScaleBytes),
+        scales_(reinterpret_cast<Narrow*>(shared) + warp * kStep) {
+    const int64_t output = first_output + 32 * chunk();
+    next_ = weight.packed + ((first + row()) * weight.columns + output) / 2;
+    left_ = output < weight.columns ? last - first - row() : 0;
+  }
+
+  // unstretch: what scales are multiplied by.
+  __device__ void set_decoder(const Decoder& decoder, float unstretch) {
+    decoder_ = decoder;
+    unstretch_ = unstretch;
+  }
+
+  // Starts to copy the next step into shared memory. What is not there is zeros.
+  __device__ void start_copy(int stage) {
+    char* to = stages_ + stage * kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kStep / kApart; ++i) {
+      start_copy_16(to + place(row() + i * kApart, chunk()),
+                    next_ + i * (kApart / 2) * weight_.columns, left_ > i * kApart);
+    }
+    next_ += kStep / 2 * weight_.columns;
+    left_ -= kStep;
+  }
+
+  // Loads the scales of a step into registers: each lane those of two rows. Rows and outputs that
+  // are not there have none: whatever the bytes, their weights are 0.
+  __device__ void load(int input) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = input + threadIdx.x % 32 + 32 * i;
+      has_scale_[i] = row < last_ && own_output_ < weight_.columns;
+      if (has_scale_[i]) {
+        const int64_t element = int64_t{row} * weight_.columns + own_output_;
+        next_scales_[i] = weight_.scales.load(element >> block_shift_);
+      }
+    }
+  }
+
+  // Turns to the step in a stage, whose scales were loaded last; they are put into shared memory.
+  __device__ void begin(int stage) {
+    bytes_ = stages_ + stage * kStageBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float scale =
+          has_scale_[i] ? weight_.scales.restore(next_scales_[i]) * unstretch_ : 0.0f;
+      round_to(scale, scales_ + threadIdx.x % 32 + 32 * i);
+    }
+    __syncwarp();
+  }
+
+  __device__ void decode(int half, Operands& operands) {
+    const int g = threadIdx.x % 32 / 4;
+    const int first = 16 * (threadIdx.x % 4) + 8 * half;  // of eight rows
+    const uint4 loaded = *reinterpret_cast<const uint4*>(scales_ + first);
+    const uint32_t scales[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    const char* bytes = bytes_ + place(first, warp_) + 2 * g;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t one = *reinterpret_cast<const uint16_t*>(bytes + 2 * i * kRowBytes);
+      const uint32_t other = *reinterpret_cast<const uint16_t*>(bytes + (2 * i + 1) * kRowBytes);
+      uint32_t pairs[4];
+      decoder_.decode(__byte_perm(one, other, 0x5410), pairs);
+#pragma unroll
+      for (int height = 0; height < 2; ++height) {
+        const uint32_t even = __byte_perm(pairs[height], pairs[2 + height], 0x5410);
+        const uint32_t odd = __byte_perm(pairs[height], pairs[2 + height], 0x7632);
+        uint32_t (&operand)[4] = operands[height][i / 2];
+        operand[i % 2 * 2] = multiply_pairs(even, scales[i], Narrow{});
+        operand[i % 2 * 2 + 1] = multiply_pairs(odd, scales[i], Narrow{});
+      }
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kRowBytes / 16;        // of 32 outputs
+  static constexpr int kApart = 32 * kWarps / kChunks;  // between the rows of a thread
+
+  static __device__ int row() { return threadIdx.x / kChunks; }
+  static __device__ int chunk() { return threadIdx.x % kChunks; }
+
+  // Where 16 bytes of a row lie in a stage. Rows 16 apart are read together: each begins 16 bytes
+  // further round, in other banks.
+  static __device__ int place(int row, int chunk) {
+    return row * kRowBytes + (chunk + row / 16) % kChunks * 16;
+  }
+
+  const Weight& weight_;
+  const int block_shift_;
+  const int64_t own_output_;
+  const int warp_;
+  const int last_;
+  char* stages_;
+  const uint8_t* next_;  // what this thread copies next
+  int left_;             // rows, from there on
+  Narrow* scales_;       // (kStep) of this warp
+  const char* bytes_;
+  StoredScale next_scales_[2];
+  bool has_scale_[2];
+  Decoder decoder_;
+  float unstretch_;
+};
+
+}  // namespace qlora
