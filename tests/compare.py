@@ -25,6 +25,10 @@ NESTED_BLOCK_SIZE = 256
 # one float32 sum differ by less than that; a product in a narrower format differs by thousands.
 ERROR_RATIO = 2.0
 
+# The CUDA kernel for many tokens rounds levels, scales and their products to the narrow dtype:
+# three roundings of a weight, where the formula in torch has one of the same size.
+TENSOR_CORE_ERROR_RATIO = 3.0
+
 # Torch's sum can be exact by luck, above all when it is short: one rounding of the sum of the
 # terms' magnitudes is allowed on top.
 FLOAT32_ROUNDING = 2.0**-24
@@ -223,12 +227,15 @@ def define_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bo
     return product if bias is None else product + bias.detach().double().cpu()
 
 
-def assert_error_at_most_twice_torch(actual: Tensor, by_torch: Tensor, exact: Tensor) -> None:
+def assert_error_at_most_twice_torch(
+    actual: Tensor, by_torch: Tensor, exact: Tensor, ratio: float = ERROR_RATIO
+) -> None:
     """The largest and the mean square error against float64, beside those of plain torch.
 
     actual    the result under test
     by_torch  the same formula in plain torch, in the same dtype
     exact     float64
+    ratio     another bound than twice
     """
     assert actual.dtype == by_torch.dtype and actual.shape == by_torch.shape == exact.shape
     if exact.numel() == 0:
@@ -237,7 +244,7 @@ def assert_error_at_most_twice_torch(actual: Tensor, by_torch: Tensor, exact: Te
     allowed = (by_torch.detach().double().cpu() - exact).abs()
     floor = FLOAT32_ROUNDING * exact.abs().max().item()
     for measure in (torch.max, lambda t: t.square().mean().sqrt()):
-        measured, limit = measure(error).item(), ERROR_RATIO * measure(allowed).item() + floor
+        measured, limit = measure(error).item(), ratio * measure(allowed).item() + floor
         assert measured <= limit, f"error {measured:.3g} exceeds {limit:.3g}"
 
 

@@ -3,8 +3,9 @@
 A test module of an operation names it in `OPERATION`; a test that takes the fixture `backend` is
 then collected once for each backend that can run it here, `reference` always among them; where it
 runs on a GPU the test is marked `gpu`. The C++ backend counts once for each instruction set that it
-was compiled for and this machine has: `cpu-avx2` and so on. What is missing is said once, below the
-run, not in a skip per test.
+was compiled for and this machine has: `cpu-avx2` and so on. Where there is no GPU the CUDA backend
+runs on a simulated one (simulated.py): `cuda-A100`. What is missing is said once, below the run,
+not in a skip per test.
 
 The fixture `cpu` is the operations of one library, fresh from the sources, once for each
 instruction set. `--libraries FOLDER` tests libraries from elsewhere (tests/sanitize.py).
@@ -13,13 +14,16 @@ instruction set. `--libraries FOLDER` tests libraries from elsewhere (tests/sani
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from native_program import setup_definitions
+from simulated import GPUS, SimulatedOperations, missing, on_simulated_gpu, open_simulated
 
 from qlora_ref import dispatch, native
 from qlora_ref.dispatch import explain, force_backend, force_isa
@@ -50,13 +54,31 @@ def obstacle(backend: str, operation: str) -> str | None:
 
 
 def available_backends(operation: str) -> list[str]:
-    """`reference`, then every other backend that can run; `cpu-<isa>` for each instruction set."""
+    """`reference`, then every other backend that can run; `cpu-<isa>` for each instruction set,
+    `cuda-<gpu>` for each simulated GPU."""
     names = ["reference"]
     for backend in ("cpu", "triton", "cuda"):
         if obstacle(backend, operation) is None:
             isas = native.available_isas(native.FOLDER) if backend == "cpu" else ()
             names += [f"cpu-{isa}" for isa in isas] or [backend]
+    if not torch.cuda.is_available() and missing(setup_definitions()) is None:
+        names += [f"cuda-{gpu}" for gpu in simulated_gpus(operation)]
     return names
+
+
+def marks_of(backend: str, module: Any) -> list[pytest.MarkDecorator]:
+    """What runs on a GPU, and what takes long on a simulated one: beside the first one, and in
+    modules that say so, nothing but the sizes differs."""
+    if device_of(backend) == "cuda":
+        return [pytest.mark.gpu]
+    is_extra = backend.startswith("cuda-") and backend != f"cuda-{next(iter(GPUS))}"
+    is_long = backend.startswith("cuda-") and getattr(module, "LONG_ON_SIMULATED_GPUS", False)
+    return [pytest.mark.slow] if is_extra or is_long else []
+
+
+def simulated_gpus(operation: str) -> tuple[str, ...]:
+    """The GPUs that an operation's kernels tell apart, or one of them."""
+    return tuple(GPUS) if operation == "matmul_4bit" else tuple(GPUS)[:1]
 
 
 def available_isas() -> tuple[str, ...]:
@@ -79,20 +101,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = available_backends(metafunc.module.OPERATION)
-        marks = {name: pytest.mark.gpu for name in names if device_of(name) == "cuda"}
-        parameters = [pytest.param(name, marks=marks.get(name, ())) for name in names]
+        parameters = [pytest.param(name, marks=marks_of(name, metafunc.module)) for name in names]
         metafunc.parametrize("backend", parameters, indirect=True)
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", available_isas())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing: dict[str, list[str]] = {}
+    untested: dict[str, list[str]] = {}
     for backend in ("cpu", "triton", "cuda"):
         for operation in dispatch.OPERATIONS:
-            if (why := obstacle(backend, operation)) is not None:
-                missing.setdefault(f"{backend}: {why}", []).append(operation)
-    for reason, operations in missing.items():
+            is_simulated = backend == "cuda" and missing(setup_definitions()) is None
+            if not is_simulated and (why := obstacle(backend, operation)) is not None:
+                if backend == "cuda" and not torch.cuda.is_available():
+                    why = f"no GPU, and none simulated: {missing(setup_definitions())}"
+                untested.setdefault(f"{backend}: {why}", []).append(operation)
+    for reason, operations in untested.items():
         names = "all" if len(operations) == len(dispatch.OPERATIONS) else ", ".join(operations)
         terminalreporter.line(f"not tested here: {names} on {reason}")
 
@@ -100,8 +124,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend, forced while the test runs."""
-    name, _, isa = request.param.partition("-")
-    with force_backend(name), force_isa(isa or None):
+    name, _, variant = request.param.partition("-")
+    with ExitStack() as stack:
+        stack.enter_context(force_backend(name))
+        if name == "cuda" and variant:
+            opened = open_simulated(request.getfixturevalue("cuda_library"))
+            operations = SimulatedOperations(*opened, GPUS[variant])
+            stack.enter_context(on_simulated_gpu(operations))
+        elif variant:
+            stack.enter_context(force_isa(variant))
         yield name
 
 
@@ -129,6 +160,16 @@ def fresh_folder(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactor
     for isa, flags in build.isa_flags(build.find_compiler()).items():
         build.compile_library(build.cpu_sources(), native.library_path(folder, isa), flags)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cuda_library(build: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What setup.py compiles for users, linked with a CUDA runtime that can be replaced."""
+    if (why := missing(build)) is not None:
+        pytest.skip(why)
+    library = tmp_path_factory.mktemp("cuda") / native.CUDA_LIBRARY
+    build.link_cuda(build.cuda_objects(), library, runtime="shared")
+    return library
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def test_a_compiler_builds_up_to_the_first_instruction_set_that_it_does_not_know
     known = tuple(build.isa_flags(build.find_compiler()))
     if unknown not in known:
         pytest.skip(f"this compiler does not know {unknown} anyway")
+    monkeypatch.setenv("QLORA_REF_BUILD_CUDA", "0")
     monkeypatch.setitem(build.ISA_FLAGS, unknown, ["-mno-such-instructions"])
     assert tuple(build.isa_flags(build.find_compiler())) == known[: known.index(unknown)]
     modules = [f"qlora_ref.libqlora_cpu_{isa}" for isa in known[: known.index(unknown)]]
@@ -100,7 +101,11 @@ def installed_files(checkout: Path, tmp_path: Path, **environment: str) -> set[s
     """The files in the wheel, which is what pip installs."""
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
     finished = subprocess.run(
-        command, cwd=checkout, env=os.environ | environment, capture_output=True, text=True
+        command,
+        cwd=checkout,
+        env=os.environ | {"QLORA_REF_BUILD_CUDA": "0"} | environment,
+        capture_output=True,
+        text=True,
     )
     assert finished.returncode == 0, finished.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -125,3 +130,26 @@ def test_the_wheel_holds_a_library_for_each_instruction_set(
     files = installed_files(checkout, tmp_path)
     libraries = {name for name in files if name.endswith(".so")}
     assert libraries == {f"qlora_ref/libqlora_cpu_{isa}.so" for isa in known}
+
+
+def test_the_cuda_library_needs_no_runtime_but_the_one_inside(
+    build: SimpleNamespace, tmp_path: Path
+) -> None:
+    try:
+        build.find_nvcc()
+    except build.CompileError as error:
+        pytest.skip(str(error))
+    library = tmp_path / native.CUDA_LIBRARY
+    build.link_cuda(build.cuda_objects(), library)
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True)
+    assert "NEEDED" in needed.stdout and "libcudart" not in needed.stdout
+    native.open_library(library, native.CUDA_SIGNATURES)  # without a driver as well
+
+
+def test_without_nvcc_there_is_no_cuda_library_and_that_is_said(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC", "no-such-compiler")
+    with pytest.raises(build.CompileError, match="no nvcc"):
+        build.find_nvcc()
+    assert build.cuda_extensions() == []

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from qlora_ref.ops import dequantize_4bit, matmul_4bit
 
 OPERATION = "matmul_4bit"
+LONG_ON_SIMULATED_GPUS = True
 
 # Kernels take one to 16 tokens in registers, 16 to a panel, and up to 1024 at a time; depths in
 # chunks of 256, outputs in blocks of 256 or 512.

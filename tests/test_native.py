@@ -281,6 +281,9 @@ def test_an_operation_that_the_library_lacks_is_unavailable(
         native.load("cpu", "sort_4bit")
 
 
-def test_cuda_is_unavailable() -> None:
+def test_cuda_is_unavailable_where_no_library_was_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     with pytest.raises(native.BackendUnavailable, match="no CUDA library was built"):
         native.load("cuda", "quantize_4bit")
