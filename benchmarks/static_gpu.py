@@ -119,8 +119,8 @@ ENTRIES = [
     few_tokens(32, "Permute", 5.2),
     many_tokens("Row", "Table", 5.5, 16),
     many_tokens("Row", "Permute", 7.5, 16),
-    many_tokens("Column", "Table", 6.1),
-    many_tokens("Column", "Permute", 7.7),
+    many_tokens("Column", "Table", 6),
+    many_tokens("Column", "Permute", 7.5),
     adamw(32, rf"step_vectorsI{BFLOAT16}S", stores=5, values=8, ceiling=41),
     adamw(8, rf"step_coded_vectorsI{BFLOAT16}S", stores=4, values=16, ceiling=81),
 ]

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // It is read behind the barrier of the first step.
   Decoder::template fill<Narrow>(table, codebook, stretch);
   source.set_decoder(Decoder::template create<Narrow>(table, codebook, stretch), 1.0f / stretch);
-  source.load(first);
+  if (first < last) source.load(first);
 
   float sums[2][kTiles][4] = {};
   int stage = 0;

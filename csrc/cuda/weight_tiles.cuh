@@ -117,8 +117,9 @@ class RowSource {
   float unstretch_;
 };
 
-// W (inputs, outputs): a thread's inputs are rows, of which it has four outputs, two bytes. Pairs
-// of two outputs become pairs of two inputs by swapping halves of two rows.
+// W (inputs, outputs): a thread's inputs are rows, of which it has four outputs, two bytes. Codes
+// of two outputs of a row, which share a byte, become those of two rows of an output before they
+// are looked up.
 template <typename Narrow, typename Decoder>
 class ColumnSource {
  public:
@@ -128,7 +129,7 @@ class ColumnSource {
 
   static constexpr int kSharedBytes(int stages) { return stages * kStageBytes + kScaleBytes; }
 
-  static __device__ int output(int height, int pair, int g) { return 4 * g + 2 * height + pair; }
+  static __device__ int output(int height, int pair, int g) { return 4 * g + 2 * pair + height; }
 
   __device__ ColumnSource(const Weight& weight, int block_shift, int64_t first_output, int warp,
                           int first, int last, char* shared)
@@ -189,24 +190,31 @@ class ColumnSource {
   }
 
   __device__ void decode(int half, Operands& operands) {
-    const int g = threadIdx.x % 32 / 4;
     const int first = 16 * (threadIdx.x % 4) + 8 * half;  // of eight rows
     const uint4 loaded = *reinterpret_cast<const uint4*>(scales_ + first);
     const uint32_t scales[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-    const char* bytes = bytes_ + place(first, warp_) + 2 * g;
+    // Two bytes, four outputs, of inputs 0 and 2 of product i in rows[2 i], of 1 and 3 in the next.
+    // As matrices of pairs of bytes: lane 8 m + 2 t + j names row j of those that thread t has of
+    // matrix m.
+    const int lane = threadIdx.x % 32;
+    const int row =
+        16 * (lane % 8 / 2) + 8 * half + 4 * (lane / 16) + 2 * (lane % 2) + lane / 8 % 2;
+    uint32_t rows[4];
+    load_matrices_transposed(rows, bytes_ + place(row, warp_));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t one = *reinterpret_cast<const uint16_t*>(bytes + 2 * i * kRowBytes);
-      const uint32_t other = *reinterpret_cast<const uint16_t*>(bytes + (2 * i + 1) * kRowBytes);
-      uint32_t pairs[4];
-      decoder_.decode(__byte_perm(one, other, 0x5410), pairs);
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t one = rows[2 * i], other = rows[2 * i + 1];
+      // Codes of two inputs side by side in a byte: of even outputs, and of odd ones.
+      const uint32_t codes[2] = {(one & 0xf0f0f0f0) | (other >> 4 & 0x0f0f0f0f),
+                                 (one << 4 & 0xf0f0f0f0) | (other & 0x0f0f0f0f)};
 #pragma unroll
       for (int height = 0; height < 2; ++height) {
-        const uint32_t even = __byte_perm(pairs[height], pairs[2 + height], 0x5410);
-        const uint32_t odd = __byte_perm(pairs[height], pairs[2 + height], 0x7632);
-        uint32_t (&operand)[4] = operands[height][i / 2];
-        operand[i % 2 * 2] = multiply_pairs(even, scales[i], Narrow{});
-        operand[i % 2 * 2 + 1] = multiply_pairs(odd, scales[i], Narrow{});
+        uint32_t pairs[4];
+        decoder_.decode(codes[height], pairs);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          operands[height][i][j] = multiply_pairs(pairs[j], scales[2 * i + j / 2], Narrow{});
+        }
       }
     }
   }
@@ -218,10 +226,10 @@ class ColumnSource {
   static __device__ int row() { return threadIdx.x / kChunks; }
   static __device__ int chunk() { return threadIdx.x % kChunks; }
 
-  // Where 16 bytes of a row lie in a stage. Rows 16 apart are read together: each begins 16 bytes
-  // further round, in other banks.
+  // Where 16 bytes of a row lie in a stage. The eight rows of a matrix are 0, 2, 16, 18, 32 ...
+  // from its first one on: each begins 16 bytes further round, in other banks.
   static __device__ int place(int row, int chunk) {
-    return row * kRowBytes + (chunk + row / 16) % kChunks * 16;
+    return row * kRowBytes + (chunk + row / 16 * 2 + row / 2 % 2) % kChunks * 16;
   }
 
   const Weight& weight_;
