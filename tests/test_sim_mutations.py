@@ -36,7 +36,7 @@ DYNAMIC = codebooks.dynamic_codebook()
 
 
 def quantise(run: SimulatedOperations) -> None:
-    for block_size, n in ((64, 64 * 130 + 7), (2048, 3 * 2048), (100, 1003)):
+    for block_size, n in ((64, 64 * 130 + 7), (2048, 20 * 2048), (100, 1003)):
         for dtype in (torch.float32, torch.bfloat16):
             x = normal(n, seed=1, dtype=dtype)
             for ours, ref, table in (
