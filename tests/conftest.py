@@ -61,7 +61,8 @@ def available_backends(operation: str) -> list[str]:
         if obstacle(backend, operation) is None:
             isas = native.available_isas(native.FOLDER) if backend == "cpu" else ()
             names += [f"cpu-{isa}" for isa in isas] or [backend]
-    if not torch.cuda.is_available() and missing(setup_definitions()) is None:
+    are_ours = native.FOLDER == Path(native.__file__).parent  # otherwise only the others are tested
+    if are_ours and not torch.cuda.is_available() and missing(setup_definitions()) is None:
         names += [f"cuda-{gpu}" for gpu in simulated_gpus(operation)]
     return names
 
