@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // It is read behind the barrier of the first step.
   Decoder::template fill<Narrow>(table, codebook, stretch);
   source.set_decoder(Decoder::template create<Narrow>(table, codebook, stretch), 1.0f / stretch);
-  if (first < last) source.load(first);
+  source.load(first);  // no part is empty: matmul_many_tokens sees to it
 
   float sums[2][kTiles][4] = {};
   int stage = 0;
@@ -220,6 +220,9 @@ int launch_for(const Matmul& matmul, int block_shift, bool by_table) {
 int matmul_many_tokens(const Matmul& matmul, bool by_table) {
   const int block_shift = tensor_core_block_shift(matmul);
   if (block_shift < 0 || matmul.inputs() % 8 != 0) return kBadSize;
+  const int64_t steps = (matmul.inputs() - 1) / kStep + 1;
+  const int64_t length = (steps - 1) / matmul.splits + 1;  // of a part, as in Part
+  if (length * (matmul.splits - 1) >= steps) return kBadSize;
   return matmul.dtype == kBfloat16 ? launch_for<__nv_bfloat16>(matmul, block_shift, by_table)
                                    : launch_for<__half>(matmul, block_shift, by_table);
 }
