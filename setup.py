@@ -161,7 +161,7 @@ def cuda_objects() -> list[Path]:
     codes = [f"arch=compute_{first},code=[sm_{first},compute_{first}]"]
     codes += [f"arch=compute_{other},code=sm_{other}" for other in others]
     flags = [*CUDA_FLAGS, *(f"-gencode={code}" for code in codes)]
-    read = [ROOT / "csrc" / "kernels.h", *sorted((ROOT / "csrc" / "cuda").glob("*.cu*"))]
+    read = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cu*")])
     content = b"".join(path.read_bytes() for path in read) + shlex.join(flags).encode()
     folder = ROOT / "build" / "cuda" / hashlib.sha256(content).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,15 +179,19 @@ def _compile_cuda(source: Path, target: Path, flags: list[str]) -> None:
 
 
 def link_cuda(objects: list[Path], library: Path, runtime: str = "static") -> None:
-    """Link objects to a library, with a CUDA runtime inside (static) or beside it (shared).
+    """Link objects to a library, with a CUDA runtime inside (static), or without one (none).
 
     With it inside, the library needs nothing but a driver, whichever CUDA torch was built with.
+    Without, it takes what the process that loads it has.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     aside = library.with_name(library.name + ".new")
+    (nvcc,) = find_nvcc()
+    # Where the packages of NVIDIA have it; a toolkit's nvcc knows by itself.
+    packaged = [f"-L{Path(str(shutil.which(nvcc))).resolve().parent.parent / 'lib'}"]
     # The runtime inside must not be mistaken for the one that torch has loaded, nor the other way.
     hidden = ["-Xlinker", "--exclude-libs=ALL"]
-    linked = [*find_nvcc(), "-shared", "--cudart", runtime, *hidden, *map(str, objects)]
+    linked = [nvcc, "-shared", "--cudart", runtime, *packaged, *hidden, *map(str, objects)]
     execute([*linked, "-o", str(aside)])
     os.replace(aside, library)
 
@@ -244,9 +248,9 @@ def cuda_extensions() -> list[Extension]:
     except CompileError:
         return []  # most machines: `qlora-ref doctor` says how to change that
     sources = [str(path.relative_to(ROOT)) for path in cuda_sources()]
-    headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cuda/*.cuh")]
-    depends = [*headers, "csrc/kernels.h"]
-    return [Extension("qlora_ref.libqlora_cuda", sources, depends=depends, optional=True)]
+    paths = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("cuda/*.cuh")]
+    headers = [str(path.relative_to(ROOT)) for path in paths]
+    return [Extension("qlora_ref.libqlora_cuda", sources, depends=headers, optional=True)]
 
 
 def cpu_extensions() -> list[Extension]:

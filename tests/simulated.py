@@ -118,14 +118,14 @@ def missing(build: SimpleNamespace) -> str | None:
 
 @functools.cache
 def simulated_device() -> Device:
-    """The only one of this process: a library finds the first stand-in that was loaded."""
+    """The only one of this process: a library takes the first stand-in that was loaded."""
     with tempfile.TemporaryDirectory() as folder:
         return Device(build_stand_in(Path(folder)), MEMORY_BYTES)
 
 
 @functools.cache
 def open_simulated(library: Path) -> tuple[CDLL, Device]:
-    """A library that was linked with the shared CUDA runtime, on the simulated GPU."""
+    """A library that was linked without the CUDA runtime, on the simulated GPU."""
     device = simulated_device()
     return native.open_library(library, native.CUDA_SIGNATURES), device
 

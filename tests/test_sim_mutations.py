@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,16 +161,17 @@ def build_mutant(build: SimpleNamespace, mutant: Mutant, folder: Path) -> Path:
     text = path.read_text()
     path.write_text(text[: mutant.start] + ";" + text[mutant.start + len(mutant.text) :])
     flags = [*build.CUDA_FLAGS, "-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    unchanged = {path.stem: path for path in build.cuda_objects()}
     objects = []
     for source in sorted((folder / "csrc" / "cuda").glob("*.cu")):
         # What the mutant cannot change is taken from the objects that are there.
         if not source.stem.startswith(mutant.use) and source.name != mutant.file:
-            objects.append(next(o for o in build.cuda_objects() if o.stem == source.stem))
+            objects.append(unchanged[source.stem])
             continue
         objects.append(folder / f"{source.stem}.o")
         command = [*build.find_nvcc(), *flags, "-c", str(source), "-o", str(objects[-1])]
-        subprocess.run(command, check=True, capture_output=True)
-    build.link_cuda(objects, folder / native.CUDA_LIBRARY, runtime="shared")
+        build.execute(command)
+    build.link_cuda(objects, folder / native.CUDA_LIBRARY, runtime="none")
     return folder / native.CUDA_LIBRARY
 
 

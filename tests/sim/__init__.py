@@ -1,6 +1,6 @@
 """Runs CUDA kernels on the CPU: a PTX interpreter, and a CUDA runtime that launches by it.
 
-`Device` is a GPU in this process; `open_library` opens a library built by nvcc upon it. What PTX
+`Device` is a GPU in this process, for every library built by nvcc that is loaded after it. What PTX
 says is executed and checked on every access; what comes after PTX (registers, occupancy, speed,
 wgmma, TMA, a weak order of memory) is not modelled: see docs/without_a_gpu.md.
 

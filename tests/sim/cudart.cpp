@@ -1,4 +1,4 @@
-// A stand-in for libcudart.so.13: it remembers which kernels a library built by nvcc has, and hands
+// A stand-in for the CUDA runtime: it remembers which kernels a library built by nvcc has, and hands
 // each launch to a function in Python. What it does not have, a library that asks for it can not be
 // loaded with.
 //

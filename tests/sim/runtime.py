@@ -1,7 +1,8 @@
 """Opens a library built by nvcc with the stand-in for its CUDA runtime.
 
 The host code of the library, its geometry, its arguments and its kernels are those of users; only
-`libcudart.so.13` is ours (cudart.cpp), and what it is asked to launch is interpreted.
+the CUDA runtime is ours (cudart.cpp), which puts its functions into the process before the library
+looks for them, and what it is asked to launch is interpreted.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ LaunchFunction = CFUNCTYPE(
 
 def build_stand_in(folder: Path) -> Path:
     """Compile cudart.cpp."""
-    library = folder / "libcudart.so.13"
+    library = folder / "libcudart.so"
     options = ["-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
-    linking = [f"-Wl,-soname,{library.name}", f"-Wl,--version-script={FOLDER / 'cudart.map'}"]
     source = str(FOLDER / "cudart.cpp")
-    subprocess.run(["g++", *options, *linking, source, "-o", str(library)], check=True)
+    subprocess.run(["g++", *options, source, "-o", str(library)], check=True)
     return library
 
 
@@ -44,7 +44,6 @@ class Device:
 
     def __init__(self, stand_in: Path, memory_bytes: int) -> None:
         self.memory = GlobalMemory(memory_bytes)
-        self.launches: list[str] = []  # names of kernels
         self.error: PtxError | None = None  # what went wrong in a launch
         self._runtime = ctypes.CDLL(str(stand_in), mode=ctypes.RTLD_GLOBAL)
         self._runtime.sim_module.restype = c_void_p
@@ -73,7 +72,6 @@ class Device:
             program = self._program(module, name.decode())
             parameters = _pack(program, arguments)
             launch = Launch(tuple(grid[:3]), tuple(block[:3]), parameters, dynamic_shared)
-            self.launches.append(name.decode())
             execute(program, launch, self.memory)
         except Exception as error:  # none may pass through C
             self.error = error if isinstance(error, PtxError) else PtxError(repr(error))
