@@ -1,6 +1,7 @@
 // One step of AdamW. The order of float operations is that of qlora_ref/reference/adamw_step.py;
 // -ffp-contract=off keeps the compiler from fusing them.
 
+#include "../adamw.h"
 #include "levels_256.h"
 
 namespace qlora {
@@ -8,18 +9,18 @@ namespace {
 
 constexpr int kBlock = 256;  // values that share a scale when the moments are 8-bit
 
-// The formula, a vector at a time. Its factors are worked out in double and rounded once.
+// The formula, a vector at a time.
 class Rule {
  public:
-  Rule(double lr, double beta1, double beta2, double eps, double weight_decay, double step)
-      : keep_first_(factor(beta1)),
-        add_first_(factor(1 - beta1)),
-        keep_second_(factor(beta2)),
-        add_second_(factor(1 - beta2)),
-        root_correction_(factor(std::pow(1 - std::pow(beta2, step), -0.5))),
-        eps_(factor(eps)),
-        decay_(factor(1 - lr * weight_decay)),
-        step_size_(factor(lr / (1 - std::pow(beta1, step)))) {}
+  explicit Rule(const AdamwFactors& factors)
+      : keep_first_(broadcast(factors.keep_first)),
+        add_first_(broadcast(factors.add_first)),
+        keep_second_(broadcast(factors.keep_second)),
+        add_second_(broadcast(factors.add_second)),
+        root_correction_(broadcast(factors.root_correction)),
+        eps_(broadcast(factors.eps)),
+        decay_(broadcast(factors.decay)),
+        step_size_(broadcast(factors.step_size)) {}
 
   Floats first_moment(Floats m, Floats grad) const { return m * keep_first_ + grad * add_first_; }
 
@@ -34,25 +35,11 @@ class Rule {
   }
 
  private:
-  static Floats factor(double x) { return broadcast(static_cast<float>(x)); }
-
   Floats keep_first_, add_first_, keep_second_, add_second_;
   Floats root_correction_, eps_, decay_, step_size_;
 };
 
-// The arguments of adamw_step that differ from tensor to tensor.
-struct Tensors {
-  int64_t number;
-  const int64_t* counts;
-  void* const* params;
-  const int* param_dtypes;
-  const void* const* grads;
-  const int* grad_dtypes;
-  void* const* first_moments;
-  void* const* second_moments;
-  float* const* first_absmaxes;
-  float* const* second_absmaxes;
-
+struct Tensors : AdamwTensors {
   int64_t blocks(int64_t tensor) const {
     return counts[tensor] / kBlock + (counts[tensor] % kBlock != 0);
   }
@@ -195,12 +182,11 @@ int adamw_step(int64_t number, const int64_t* counts, void* const* params, const
                const float* second_codebook, double lr, double beta1, double beta2, double eps,
                double weight_decay, int64_t step, int threads) {
   if (number < 0 || step < 1 || threads < 1) return kBadSize;
-  const Tensors tensors{number,         counts,         params,        param_dtypes,
-                        grads,          grad_dtypes,    first_moments, second_moments,
-                        first_absmaxes, second_absmaxes};
+  const Tensors tensors{{number, counts, params, param_dtypes, grads, grad_dtypes, first_moments,
+                         second_moments, first_absmaxes, second_absmaxes}};
   const int status = find_error(tensors);
   if (status != kOk) return status;
-  const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<double>(step));
+  const Rule rule(AdamwFactors(lr, beta1, beta2, eps, weight_decay, static_cast<double>(step)));
   if (first_codebook == nullptr) {
     step_with_float_moments(tensors, rule, threads);
   } else {

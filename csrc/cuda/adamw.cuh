@@ -2,29 +2,15 @@
 
 #pragma once
 
-#include <cmath>
-
+#include "../adamw.h"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "memory.cuh"
 
 namespace qlora {
 
-// The formula. Its factors are worked out in double and rounded once.
-struct Rule {
-  float keep_first, add_first, keep_second, add_second;
-  float root_correction, eps, decay, step_size;
-
-  Rule(double lr, double beta1, double beta2, double epsilon, double weight_decay, double step)
-      : keep_first(static_cast<float>(beta1)),
-        add_first(static_cast<float>(1 - beta1)),
-        keep_second(static_cast<float>(beta2)),
-        add_second(static_cast<float>(1 - beta2)),
-        root_correction(static_cast<float>(std::pow(1 - std::pow(beta2, step), -0.5))),
-        eps(static_cast<float>(epsilon)),
-        decay(static_cast<float>(1 - lr * weight_decay)),
-        step_size(static_cast<float>(lr / (1 - std::pow(beta1, step)))) {}
-
+// The formula.
+struct Rule : AdamwFactors {
   __device__ float first_moment(float m, float grad) const {
     return m * keep_first + grad * add_first;
   }

@@ -6,8 +6,6 @@
 // threads take several values in a row by whole vectors; what is left over, and all of other
 // tensors, is taken value by value.
 
-#include <cmath>
-
 #include "adamw_8bit.cuh"
 
 namespace qlora {
@@ -58,19 +56,7 @@ __global__ void __launch_bounds__(kThreads) step_each(Pieces pieces, Rule rule) 
   });
 }
 
-// What adamw_step is given of the tensors.
-struct Tensors {
-  int64_t number;
-  const int64_t* counts;
-  void* const* params;
-  const int* param_dtypes;
-  const void* const* grads;
-  const int* grad_dtypes;
-  void* const* first_moments;
-  void* const* second_moments;
-  float* const* first_absmaxes;
-  float* const* second_absmaxes;
-
+struct Tensors : AdamwTensors {
   bool are_coded() const { return first_absmaxes != nullptr; }
 
   // The whole tensor.
@@ -179,9 +165,9 @@ int step_with_coded_moments(const Tensors& tensors, int param_dtype, int grad_dt
 int find_error(const Tensors& tensors) {
   for (int64_t i = 0; i < tensors.number; ++i) {
     if (tensors.counts[i] < 0) return kBadSize;
-    const auto known = [](auto) { return kOk; };
-    if (with_dtype(tensors.param_dtypes[i], known) != kOk) return kUnknownDtype;
-    if (with_dtype(tensors.grad_dtypes[i], known) != kOk) return kUnknownDtype;
+    if (!is_known(tensors.param_dtypes[i]) || !is_known(tensors.grad_dtypes[i])) {
+      return kUnknownDtype;
+    }
   }
   return kOk;
 }
@@ -195,11 +181,10 @@ int adamw_step(int64_t number, const int64_t* counts, void* const* params, const
                const float* second_codebook, double lr, double beta1, double beta2, double eps,
                double weight_decay, int64_t step, Execution how) {
   if (number < 0 || step < 1) return kBadSize;
-  const Tensors tensors{number,         counts,         params,        param_dtypes,
-                        grads,          grad_dtypes,    first_moments, second_moments,
-                        first_absmaxes, second_absmaxes};
+  const Tensors tensors{{number, counts, params, param_dtypes, grads, grad_dtypes, first_moments,
+                         second_moments, first_absmaxes, second_absmaxes}};
   if (const int status = find_error(tensors); status != kOk) return status;
-  const Rule rule(lr, beta1, beta2, eps, weight_decay, static_cast<double>(step));
+  const Rule rule{{lr, beta1, beta2, eps, weight_decay, static_cast<double>(step)}};
   const Codebooks codebooks{first_codebook, second_codebook};
   const cudaStream_t stream = static_cast<cudaStream_t>(how);
   for (const int param_dtype : {kFloat32, kBfloat16, kFloat16}) {
