@@ -61,8 +61,6 @@ __device__ float largest_of_block(const float (&values)[kNumber]) {
   return largest_of_neighbours<1 << kCodedShift>(most, kCodedShift);
 }
 
-__device__ inline uint32_t byte_at(uint32_t word, int i) { return word >> 8 * i & 0xff; }
-
 // Threads: kThreads. Aligned to 16 bytes: all arrays of the pieces but the absmaxes; their counts
 // are multiples of kCodedBlock. Dynamic shared memory: Coders.
 template <typename Param, typename Grad>
@@ -93,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
       const float second_absmax = piece.second_absmaxes[block];
 #pragma unroll
       for (int j = 0; j < kCodedValues; ++j) {
-        const float old_m = coders.first.level(byte_at(first[j / 4], j % 4)) * first_absmax;
-        const float old_v = coders.second.level(byte_at(second[j / 4], j % 4)) * second_absmax;
+        const float old_m = coders.first.level(byte_of(first[j / 4], j % 4)) * first_absmax;
+        const float old_v = coders.second.level(byte_of(second[j / 4], j % 4)) * second_absmax;
         m[j] = rule.first_moment(old_m, grad[j]);
         v[j] = rule.second_moment(old_v, grad[j]);
         param[j] = rule.param(param[j], m[j], v[j]);
@@ -127,8 +125,7 @@ __global__ void __launch_bounds__(kThreads)
   first.fill(codebooks.first);
   second.fill(codebooks.second);
   const int lane = threadIdx.x % 32;
-  // The same for all lanes, which the compiler can see only of what a shuffle returns.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int warp = warp_of_block();
   for_each_unit(pieces, kWarps * kCodedBlock, [&](const Piece& piece, int64_t start) {
     const int64_t block = start / kCodedBlock + warp;
     if (block * kCodedBlock >= piece.count) return;
@@ -170,11 +167,9 @@ template <typename Param, typename Grad>
 int launch_coded_vectors(const Pieces& pieces, const Rule& rule, const Codebooks& codebooks,
                          cudaStream_t stream) {
   const auto kernel = step_coded_vectors<Param, Grad>;
-  const int bytes = sizeof(Coders);
-  if (const int status = allow_shared(kernel, bytes); status != kOk) return status;
   const int blocks = unit_blocks(pieces, kThreads * kCodedValues);
-  kernel<<<blocks, kThreads, bytes, stream>>>(pieces, rule, codebooks);
-  return launched();
+  return launch_with_shared(kernel, blocks, kThreads, sizeof(Coders), stream, pieces, rule,
+                            codebooks);
 }
 
 template <typename Param, typename Grad>

@@ -8,10 +8,7 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "launch.cuh"
 
 namespace qlora {
 
@@ -22,7 +19,7 @@ __device__ inline uint32_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_u
 template <typename Narrow>
 __device__ float rounding_error(const float* codebook, float stretch) {
   float error = 0.0f;
-#pragma unroll 1
+#pragma unroll 4
   for (int code = 0; code < 16; ++code) {
     const float exact = codebook[code] * stretch;
     const float difference = static_cast<float>(static_cast<Narrow>(exact)) - exact;
@@ -31,7 +28,7 @@ __device__ float rounding_error(const float* codebook, float stretch) {
   return error / (stretch * stretch);
 }
 
-// The stretch, of 64 from 1 to 2, with the least error. NF4 loses half as much to bfloat16 with it.
+// The stretch, of 64 from 1 to 2, with the least error. NF4 loses a third less by rounding with it.
 // Called by whole warps; the same to all.
 template <typename Narrow>
 __device__ float best_stretch(const float* codebook) {
@@ -46,8 +43,8 @@ __device__ float best_stretch(const float* codebook) {
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    const float error = __shfl_xor_sync(0xffffffffu, least, distance);
-    const float candidate = __shfl_xor_sync(0xffffffffu, best, distance);
+    const float error = __shfl_xor_sync(kAllLanes, least, distance);
+    const float candidate = __shfl_xor_sync(kAllLanes, best, distance);
     if (error < least || (error == least && candidate < best)) {
       least = error;
       best = candidate;
@@ -70,7 +67,6 @@ __device__ uint32_t level_bits(const float* codebook, float stretch, int code) {
 // byte, the lane the first.
 class TableDecoder {
  public:
-  TableDecoder() = default;
   static constexpr int kSharedBytes = 256 * 256;
 
   // All threads of the block fill the table, which lies at a multiple of 4; it can be read after a
@@ -120,7 +116,6 @@ class TableDecoder {
 // and from 8 on are looked up separately, and their fourth bit tells which result counts.
 class PermuteDecoder {
  public:
-  PermuteDecoder() = default;
   static constexpr int kSharedBytes = 0;
 
   template <typename Narrow>

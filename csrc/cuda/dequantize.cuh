@@ -12,11 +12,6 @@
 
 namespace qlora {
 
-// Byte i of a word, counted from the lowest: one instruction, where a shift and a mask are two.
-__device__ inline uint32_t byte_of(uint32_t word, int i) {
-  return __byte_perm(word, 0, 0x4440 + i);
-}
-
 // Chunks that a thread restores between looks at where the end is.
 constexpr int kTurns = 4;
 

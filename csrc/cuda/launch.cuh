@@ -1,4 +1,4 @@
-// What every entry point shares on the host: dtypes as types, and what became of a launch.
+// What every entry point shares: dtypes as types, launches and what became of them, warps.
 
 #pragma once
 
@@ -10,6 +10,12 @@
 
 namespace qlora {
 
+constexpr uint32_t kAllLanes = 0xffffffff;
+
+// The number of this warp in its thread block: the same for all lanes, which the compiler can see
+// only of what a shuffle returns.
+__device__ inline int warp_of_block() { return __shfl_sync(kAllLanes, threadIdx.x / 32, 0); }
+
 inline int status_of(cudaError_t error) {
   return error == cudaSuccess ? kOk : kCudaError + static_cast<int>(error);
 }
@@ -17,11 +23,17 @@ inline int status_of(cudaError_t error) {
 // The status of the launch just made.
 inline int launched() { return status_of(cudaGetLastError()); }
 
-// Lets a kernel have more dynamic shared memory than the 48 KiB that need no asking.
-template <typename Kernel>
-int allow_shared(Kernel kernel, int bytes) {
-  return status_of(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+// Launches a kernel with dynamic shared memory, also more than the 48 KiB that need no asking; or
+// kBadSize, if it were more thread blocks than a launch can have.
+template <typename... Parameters, typename... Arguments>
+int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
+                       cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks >= int64_t{1} << 31) return kBadSize;
+  const cudaError_t allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (allowed != cudaSuccess) return status_of(allowed);
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
+  return launched();
 }
 
 // Calls function with a value of the type that dtype names; what it returns, or kUnknownDtype.
@@ -36,6 +48,10 @@ int with_dtype(int dtype, Function function) {
       return function(__half{});
   }
   return kUnknownDtype;
+}
+
+inline bool is_known(int dtype) {
+  return with_dtype(dtype, [](auto) { return kOk; }) == kOk;
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) {

@@ -22,7 +22,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 32;  // of a thread block
-constexpr uint32_t kAllLanes = 0xffffffff;
 
 // How a warp works, for so many tokens as its registers have room.
 template <int kWords_, int kTiles_, int kHeights_, int kGroup_>
@@ -249,8 +248,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeights == 1 ? 2 : 1)
   const int64_t row_tiles = (weight.rows - 1) / kRows + 1;
   const int64_t first_row = blockIdx.x % row_tiles * kRows;
   const int split = blockIdx.x / row_tiles;
-  // The same for all lanes, which the compiler can see only of what a shuffle returns.
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  const int warp = warp_of_block();
   const int warp_part = warp % Shape::kParts;
   const int warp_row = warp / Shape::kParts * 16 * Shape::kHeights;
   Lane<Shape> lane;
@@ -290,10 +288,7 @@ int launch(const Matmul& matmul, int block_shift) {
       Decoder::kSharedBytes > kTotalsBytes ? Decoder::kSharedBytes : kTotalsBytes;
   const auto kernel = multiply_few<Shape, Narrow, Decoder>;
   const int64_t blocks = ((matmul.weight.rows - 1) / kRows + 1) * matmul.splits;
-  if (blocks > kMostBlocks) return kBadSize;
-  if (const int status = allow_shared(kernel, kBytes); status != kOk) return status;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kBytes, matmul.stream>>>(matmul, block_shift);
-  return launched();
+  return launch_with_shared(kernel, blocks, kThreads, kBytes, matmul.stream, matmul, block_shift);
 }
 
 template <typename Narrow, typename Decoder>

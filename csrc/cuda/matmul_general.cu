@@ -122,12 +122,10 @@ int launch(const Matmul& matmul) {
   const int64_t outputs = matmul.outputs();
   const int64_t tiles =
       ((outputs - 1) / kTile + 1) * ((matmul.tokens - 1) / kTile + 1) * matmul.splits;
-  if (tiles > kMostBlocks) return kBadSize;
   return with_dtype(matmul.dtype, [&](auto type) {
-    multiply_tile<kNested, kTransposed, decltype(type)>
-        <<<static_cast<unsigned>(tiles), kThreads, 0, matmul.stream>>>(matmul, matmul.inputs(),
-                                                                       outputs);
-    return launched();
+    const auto kernel = multiply_tile<kNested, kTransposed, decltype(type)>;
+    return launch_with_shared(kernel, tiles, kThreads, 0, matmul.stream, matmul, matmul.inputs(),
+                              outputs);
   });
 }
 

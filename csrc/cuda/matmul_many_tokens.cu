@@ -62,14 +62,14 @@ class InputCopies {
 // sums[height][tile] += the products of a step whose x lies in a stage. The weights of the next
 // step, if there is one before `last`, are loaded while the tensor cores are busy with the second
 // half.
-template <typename Narrow, typename Source>
-__device__ void add_step(Source& source, const char* stage, int next, int last,
-                         float (&sums)[2][kTiles][4]) {
+template <typename Narrow, typename Source, typename Decoder>
+__device__ void add_step(Source& source, const Decoder& decoder, const char* stage, int next,
+                         int last, float (&sums)[2][kTiles][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Operands operands;
-    source.decode(half, operands);
+    source.decode(decoder, half, operands);
     if (half == 1 && next < last) source.load(next);
     const char* own = stage + g * kRowBytes + 32 * t + 16 * half;
 #pragma unroll
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Tile tile(matmul.tokens, outputs);
   const Part part(inputs, matmul.splits, tile.split, kStep);
   const int first = static_cast<int>(part.first), last = static_cast<int>(part.last);
-  // The same for all lanes, which the compiler can see only of what a shuffle returns.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int warp = warp_of_block();
 
   Source source(matmul.weight, block_shift, tile.first_output, warp, first, last,
                 stages + kStages * kStageBytes);
@@ -170,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float stretch = best_stretch<Narrow>(codebook);
   // It is read behind the barrier of the first step.
   Decoder::template fill<Narrow>(table, codebook, stretch);
-  source.set_decoder(Decoder::template create<Narrow>(table, codebook, stretch), 1.0f / stretch);
+  const Decoder decoder = Decoder::template create<Narrow>(table, codebook, stretch);
+  const float unstretch = 1.0f / stretch;
   source.load(first);  // no part is empty: matmul_many_tokens sees to it
 
   float sums[2][kTiles][4] = {};
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     // The stage of the last step, which all threads are done with.
     start_copies(stage == 0 ? kStages - 1 : stage - 1);
-    source.begin(stage);
-    add_step<Narrow>(source, stages + stage * kStageBytes, input + kStep, last, sums);
+    source.begin(stage, unstretch);
+    add_step<Narrow>(source, decoder, stages + stage * kStageBytes, input + kStep, last, sums);
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
@@ -196,11 +196,8 @@ int launch(const Matmul& matmul, int block_shift) {
   const int64_t outputs = matmul.outputs();
   const int64_t blocks =
       ((outputs - 1) / kOutputs + 1) * ((matmul.tokens - 1) / kTokens + 1) * matmul.splits;
-  if (blocks > kMostBlocks) return kBadSize;
-  if (const int status = allow_shared(kernel, kBytes); status != kOk) return status;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kBytes, matmul.stream>>>(
-      matmul, matmul.inputs(), outputs, block_shift);
-  return launched();
+  return launch_with_shared(kernel, blocks, kThreads, kBytes, matmul.stream, matmul,
+                            matmul.inputs(), outputs, block_shift);
 }
 
 template <typename Narrow, typename Decoder>
@@ -220,9 +217,8 @@ int launch_for(const Matmul& matmul, int block_shift, bool by_table) {
 int matmul_many_tokens(const Matmul& matmul, bool by_table) {
   const int block_shift = tensor_core_block_shift(matmul);
   if (block_shift < 0 || matmul.inputs() % 8 != 0) return kBadSize;
-  const int64_t steps = (matmul.inputs() - 1) / kStep + 1;
-  const int64_t length = (steps - 1) / matmul.splits + 1;  // of a part, as in Part
-  if (length * (matmul.splits - 1) >= steps) return kBadSize;
+  const int64_t length = part_length(matmul.inputs(), matmul.splits, kStep);
+  if (length * (matmul.splits - 1) >= matmul.inputs()) return kBadSize;  // a part would be empty
   return matmul.dtype == kBfloat16 ? launch_for<__nv_bfloat16>(matmul, block_shift, by_table)
                                    : launch_for<__half>(matmul, block_shift, by_table);
 }

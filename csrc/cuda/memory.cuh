@@ -18,6 +18,11 @@ __device__ inline float larger(float a, float b) {
   return most;
 }
 
+// Byte i of a word, counted from the lowest: one instruction, where a shift and a mask are two.
+__device__ inline uint32_t byte_of(uint32_t word, int i) {
+  return __byte_perm(word, 0, 0x4440 + i);
+}
+
 template <typename To, typename From>
 __device__ To same_bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits are neither added nor lost");

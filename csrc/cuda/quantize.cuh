@@ -25,7 +25,7 @@ __device__ float largest_of_neighbours(float most, int shift) {
 #pragma unroll
   for (int step = 1; step < kMost; step *= 2) {
     const int distance = step >> shift == 0 ? step : 0;
-    most = larger(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    most = larger(most, __shfl_xor_sync(kAllLanes, most, distance));
   }
   return most;
 }
@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Decisions<kLevels> decisions;
   decisions.fill(codebook);
   const int lane = threadIdx.x % 32;
-  // The same for all lanes, which the compiler can see only of what a shuffle returns.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int warp = warp_of_block();
   const int64_t warps = gridDim.x * int64_t{kThreads / 32};
   const int64_t blocks = (n - 1) / block_size + 1;
   for (int64_t block = first_block + blockIdx.x * int64_t{kThreads / 32} + warp; block < blocks;

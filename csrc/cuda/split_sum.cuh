@@ -7,23 +7,26 @@
 
 namespace qlora {
 
-// y = the sum over the splits, in their order, of what lies in the workspace, plus the bias.
+// y = the sum over the splits, of which there may be none, in their order, of what lies in the
+// workspace, plus the bias.
 int add_splits(const Matmul& matmul);
 
-// The inputs that a part of the sum is over: [first, last). Parts begin at multiples of step.
+// Of the parts of a sum over inputs, all but the last ones; a multiple of step.
+__host__ __device__ inline int64_t part_length(int64_t inputs, int splits, int step) {
+  const int64_t steps = (inputs - 1) / step + 1;
+  return ((steps - 1) / splits + 1) * step;
+}
+
+// The inputs that a part of the sum is over: [first, last).
 struct Part {
   int64_t first, last;
 
   __device__ Part(int64_t inputs, int splits, int split, int step) {
-    const int64_t steps = (inputs - 1) / step + 1;
-    const int64_t length = ((steps - 1) / splits + 1) * step;
+    const int64_t length = part_length(inputs, splits, step);
     first = min(length * split, inputs);
     last = min(first + length, inputs);
   }
 };
-
-// Thread blocks that a launch can have.
-constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 
 // A finished sum: to y, with the bias, or as one of several parts to the workspace.
 template <typename Value>

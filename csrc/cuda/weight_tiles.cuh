@@ -52,12 +52,6 @@ class RowSource {
     }
   }
 
-  // unstretch: what scales are multiplied by.
-  __device__ void set_decoder(const Decoder& decoder, float unstretch) {
-    decoder_ = decoder;
-    unstretch_ = unstretch;
-  }
-
   __device__ void start_copy(int) {}
 
   // Loads a step into registers: after the last half of the one before was decoded. In a last step
@@ -75,24 +69,24 @@ class RowSource {
     next_scales_[1] = weight_.scales.load((input + 32 < last_ ? row + 32 : row) >> block_shift_);
   }
 
-  // Turns to the step that was loaded.
-  __device__ void begin(int) {
-    const float scales[2] = {weight_.scales.restore(next_scales_[0]) * unstretch_,
-                             weight_.scales.restore(next_scales_[1]) * unstretch_};
+  // Turns to the step that was loaded. unstretch: what scales are multiplied by.
+  __device__ void begin(int, float unstretch) {
+    const float scales[2] = {weight_.scales.restore(next_scales_[0]) * unstretch,
+                             weight_.scales.restore(next_scales_[1]) * unstretch};
     const uint32_t own = Word<Narrow>::round(scales);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       // Of inputs 0 to 31, which threads 0 and 1 have, and of 32 to 63; in both halves.
-      const uint32_t both = __shfl_sync(0xffffffffu, own, run, 4);
+      const uint32_t both = __shfl_sync(kAllLanes, own, run, 4);
       scales_[run] = __byte_perm(both, 0, t_ < 2 ? 0x1010 : 0x3232);
     }
   }
 
-  __device__ void decode(int half, Operands& operands) {
+  __device__ void decode(const Decoder& decoder, int half, Operands& operands) const {
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       uint32_t pairs[4];
-      decoder_.decode(half == 0 ? words_[run].x : words_[run].y, pairs);
+      decoder.decode(half == 0 ? words_[run].x : words_[run].y, pairs);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         operands[run / 2][i / 2][i % 2 * 2 + run % 2] =
@@ -113,8 +107,6 @@ class RowSource {
   uint32_t own_row_;
   StoredScale next_scales_[2];
   uint32_t scales_[kRuns];
-  Decoder decoder_;
-  float unstretch_;
 };
 
 // W (inputs, outputs): a thread's inputs are rows, of which it has four outputs, two bytes. Codes
@@ -145,12 +137,6 @@ class ColumnSource {
     left_ = output < weight.columns ? last - first - row() : 0;
   }
 
-  // unstretch: what scales are multiplied by.
-  __device__ void set_decoder(const Decoder& decoder, float unstretch) {
-    decoder_ = decoder;
-    unstretch_ = unstretch;
-  }
-
   // Starts to copy the next step into shared memory. What is not there is zeros.
   __device__ void start_copy(int stage) {
     char* to = stages_ + stage * kStageBytes;
@@ -178,18 +164,18 @@ class ColumnSource {
   }
 
   // Turns to the step in a stage, whose scales were loaded last; they are put into shared memory.
-  __device__ void begin(int stage) {
+  __device__ void begin(int stage, float unstretch) {
     bytes_ = stages_ + stage * kStageBytes;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float scale =
-          has_scale_[i] ? weight_.scales.restore(next_scales_[i]) * unstretch_ : 0.0f;
+          has_scale_[i] ? weight_.scales.restore(next_scales_[i]) * unstretch : 0.0f;
       round_to(scale, scales_ + threadIdx.x % 32 + 32 * i);
     }
     __syncwarp();
   }
 
-  __device__ void decode(int half, Operands& operands) {
+  __device__ void decode(const Decoder& decoder, int half, Operands& operands) const {
     const int first = 16 * (threadIdx.x % 4) + 8 * half;  // of eight rows
     const uint4 loaded = *reinterpret_cast<const uint4*>(scales_ + first);
     const uint32_t scales[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
@@ -210,7 +196,7 @@ class ColumnSource {
 #pragma unroll
       for (int height = 0; height < 2; ++height) {
         uint32_t pairs[4];
-        decoder_.decode(codes[height], pairs);
+        decoder.decode(codes[height], pairs);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           operands[height][i][j] = multiply_pairs(pairs[j], scales[2 * i + j / 2], Narrow{});
@@ -244,8 +230,6 @@ class ColumnSource {
   const char* bytes_;
   StoredScale next_scales_[2];
   bool has_scale_[2];
-  Decoder decoder_;
-  float unstretch_;
 };
 
 }  // namespace qlora
