@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from sim.machine import Launch, execute
 from sim.memory import GlobalMemory
 from sim.parser import PtxError, parse
 from sim.program import Program
+from sim.transfers import EFFECTS
+from sim.warps import TOGETHER
 
 NAN, INF = float("nan"), float("inf")
 TINY = 2.0**-149
@@ -165,6 +169,16 @@ def test_computes_what_the_isa_says(
     assert result.tobytes() == np.array([expected]).astype(types[-1]).tobytes()
 
 
+def test_every_other_instruction_is_in_a_kernel_below() -> None:
+    mnemonics = set(re.findall(r"[a-z]\w*(?:(?:\.|::)\w+)+", Path(__file__).read_text()))
+    untested = {
+        builder.__name__
+        for pattern, builder in (*EFFECTS, *TOGETHER)
+        if not any(pattern.fullmatch(mnemonic) for mnemonic in mnemonics)
+    }
+    assert untested == set()
+
+
 def test_every_function_of_registers_has_a_row() -> None:
     mnemonics = [row[0] for row in ROWS]
     untested = {
@@ -273,6 +287,23 @@ def test_what_a_kernel_may_not_do_is_found(body: str, message: str | None) -> No
     with pytest.raises(PtxError, match=message) as caught:
         run_lanes(body)
     assert "kernel test" in str(caught.value) and "thread" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "thread"),
+    [
+        ("setp.ge.u32 %p0, %r0, 20; @%p0 ld.global.u32 %r2, [%rd3+4]; @!%p0 mov.u32 %r2, 0;", 31),
+        # Of the copies that read, of lanes 8 on, the one of lane 29 leaves the allocation.
+        ("setp.ge.u32 %p0, %r0, 8; selp.b32 %r5, 4, 0, %p0; shl.b32 %r3, %r0, 2; mov.u32 %r4, tile;"
+         "add.s32 %r4, %r4, %r3; cp.async.ca.shared.global [%r4], [%rd3+12], 4, %r5;", 29),
+        # A half of the warp waits for the other; lane 3 asks one that takes no part.
+        ("setp.lt.u32 %p0, %r0, 16; @!%p0 bra END; setp.eq.u32 %p1, %r0, 3;"
+         "selp.b32 %r6, 20, 1, %p1; shfl.sync.idx.b32 %r2, %r1, %r6, 31, 0x0000ffff; END: mov.u32 %r2, 0;", 3),
+    ],
+)  # fmt: skip
+def test_the_thread_at_fault_is_named(body: str, thread: int) -> None:
+    with pytest.raises(PtxError, match=f"block 0, thread {thread}\n"):
+        run_lanes(body)
 
 
 def test_copies_are_there_after_their_wait() -> None:

@@ -82,6 +82,7 @@ class Chunk:
         self.warp_barriers = np.zeros(self.count // WARP, np.int32)
         self.copy_groups = np.zeros(self.count, np.int64)
         self.copies: list[Copies] = []
+        self.acting = self._everyone  # the threads that a Fault counts
 
     def _set_up_registers(self, launch: Launch) -> None:
         kernel = self._program.kernel
@@ -157,8 +158,7 @@ class Chunk:
             try:
                 following = self._execute(step, group, position)
             except Fault as fault:
-                numbers = self.numbers(self._acting(step, group))
-                self._fail_at(int(numbers[fault.place]), str(fault), step)
+                self._fail_at(int(self.acting[fault.place]), str(fault), step)
             except (PtxError, NotImplementedError) as error:
                 self._fail_at(int(self.numbers(group)[0]), str(error), step)
             if following is None:
@@ -179,7 +179,7 @@ class Chunk:
     def _execute(self, step: Step, group: Threads, position: int) -> int | None:
         """The group's next position; None if its threads part, wait or are done."""
         acting = self._acting(step, group)
-        numbers = self.numbers(acting)
+        self.acting = numbers = self.numbers(acting)
         if step.ends or step.target is not None:
             return self._go(step, group, numbers, position)
         if isinstance(step.action, Barrier | Together):
@@ -226,10 +226,12 @@ class Chunk:
         lanes = (here.reshape(-1, WARP).astype(np.int64) << np.arange(WARP)).sum(1)
         left = ((self._state == DONE).reshape(-1, WARP).astype(np.int64) << np.arange(WARP)).sum(1)
         wanted = _mask(self, action, numbers)
+        self.acting = numbers
         if (wanted & left[numbers // WARP]).any():
             raise Fault("waits for a thread that has returned", wanted & left[numbers // WARP])
         ready = numbers[(wanted & ~lanes[numbers // WARP]) == 0]
         if len(ready):
+            self.acting = ready
             action.run(self, ready)
             self._state[ready] = RUNS
             self._position[ready] += 1

@@ -20,12 +20,11 @@ WINDOW_SIZE = 0x8_0000_0000
 
 
 class Fault(PtxError):
-    """What a thread may not do; `place` is its number among those that execute."""
+    """What a thread may not do; `place` is its number among those that act (Chunk.acting)."""
 
     def __init__(self, message: str, bad: Array) -> None:
         super().__init__(message)
         self.place = int(np.flatnonzero(bad)[0])
-        self.count = int(np.count_nonzero(bad))
 
 
 class Space:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 Threads = Any  # numbers of the threads within a chunk, or slice(None) for all
 Reader = Callable[["Chunk", Threads], Array]
 Writer = Callable[["Chunk", Threads, Array], None]
+
+Builder = TypeVar("Builder")  # of an instruction, from its options and its operands
+
+
+def register_in(
+    table: list[tuple[re.Pattern[str], Builder]],
+) -> Callable[[str], Callable[[Builder], Builder]]:
+    """A decorator that puts what builds instructions into a table, with a pattern of mnemonics."""
+
+    def decorate(pattern: str) -> Callable[[Builder], Builder]:
+        def register(builder: Builder) -> Builder:
+            table.append((re.compile(pattern), builder))
+            return builder
+
+        return register
+
+    return decorate
+
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 

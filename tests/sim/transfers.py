@@ -12,7 +12,7 @@ import numpy as np
 from .arithmetic import Options
 from .formats import TYPES, Array, size_of, unsigned
 from .memory import WINDOW_SIZE, WINDOWS, Fault, Space, check_alignment, check_range
-from .operands import Operands, Threads
+from .operands import Operands, Threads, register_in
 
 if TYPE_CHECKING:
     from .machine import Chunk
@@ -23,14 +23,7 @@ Builder = Callable[[Options, Operands], Run]
 EFFECTS: list[tuple[re.Pattern[str], Builder]] = []
 
 
-def effect(pattern: str) -> Callable[[Builder], Builder]:
-    """Register what builds the effect of an instruction from its options and operands."""
-
-    def register(builder: Builder) -> Builder:
-        EFFECTS.append((re.compile(pattern), builder))
-        return builder
-
-    return register
+effect = register_in(EFFECTS)
 
 
 SPACE = r"(\.(?P<space>param|global|shared|local)(::cta)?)?"
@@ -43,7 +36,7 @@ def locate(
     chunk: Chunk, threads: Threads, space: str, addresses: Array, size: int
 ) -> tuple[Space, Array]:
     """Where an access of each thread goes: checked for alignment and bounds."""
-    numbers = chunk.numbers(threads)
+    chunk.acting = numbers = chunk.numbers(threads)
     check_alignment(addresses, size)
     space, addresses = _specific(space, addresses)
     if space == "global":
@@ -74,7 +67,8 @@ def watch(
 ) -> None:
     """Look for races."""
     if space.name in chunk.shadows:
-        now = chunk.access(chunk.numbers(threads))
+        chunk.acting = chunk.numbers(threads)
+        now = chunk.access(chunk.acting)
         chunk.shadows[space.name].access(offsets, size, stores, now)
 
 
@@ -222,6 +216,7 @@ def _finish(chunk: Chunk, copies: Copies, ready: Array) -> None:
         return
     done = _some(copies, ready)
     values = np.zeros((len(done.threads), done.size), np.uint8)
+    chunk.acting = done.threads[done.reads]
     values[done.reads] = chunk.memory.load(done.source[done.reads], done.size)
     shared = chunk.spaces["shared"]
     watch(chunk, done.threads, shared, done.target, done.size, stores=True)

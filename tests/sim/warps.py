@@ -15,7 +15,7 @@ import numpy as np
 from .arithmetic import Options
 from .formats import TYPES, Array, from_bfloat16
 from .memory import Fault
-from .operands import Operands, Reader
+from .operands import Operands, Reader, register_in
 from .transfers import locate, watch
 
 if TYPE_CHECKING:
@@ -37,14 +37,7 @@ Builder = Callable[[Options, Operands], Together]
 TOGETHER: list[tuple[re.Pattern[str], Builder]] = []
 
 
-def together(pattern: str) -> Callable[[Builder], Builder]:
-    """Register what builds an instruction of a warp from its options and operands."""
-
-    def register(builder: Builder) -> Builder:
-        TOGETHER.append((re.compile(pattern), builder))
-        return builder
-
-    return register
+together = register_in(TOGETHER)
 
 
 @together(r"bar\.warp\.sync")
