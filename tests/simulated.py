@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from native_program import setup_definitions
 from sim.runtime import Device, build_stand_in
 from torch import Tensor
 
@@ -104,8 +104,10 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def missing(build: SimpleNamespace) -> str | None:
+@functools.cache
+def missing() -> str | None:
     """Why no CUDA library can be simulated here; None if it can."""
+    build = setup_definitions()
     if torch.version.cuda is not None:
         return "torch has loaded the CUDA runtime, which the simulated GPU would stand in for"
     try:

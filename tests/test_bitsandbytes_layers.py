@@ -15,16 +15,15 @@ from compare import (
     DTYPES,
     ERROR_RATIO,
     FLOAT32_ROUNDING,
-    TENSOR_CORE_ERROR_RATIO,
     assert_error_at_most_twice_torch,
     assert_same_bits,
     define_matmul,
     normal,
 )
 from safetensors.torch import load_file, save_file
+from test_matmul_4bit import error_ratio
 from torch import Tensor, nn
 
-from qlora_ref.dispatch import forced_backend
 from qlora_ref.linear import Linear4bit
 
 bnb = pytest.importorskip(
@@ -246,9 +245,7 @@ def test_outputs_and_gradients_have_at_most_twice_the_error_of_theirs(
         grad.double().sum(dim=0),
     )
     mine = run(our_layer(theirs).to(device), x, grad)
-    on_tensor_cores = forced_backend() == "cuda" and dtype != torch.float32
-    ratio_of_gradient = TENSOR_CORE_ERROR_RATIO if on_tensor_cores else ERROR_RATIO
-    ratios = (ERROR_RATIO, ratio_of_gradient, ERROR_RATIO)
+    ratios = (ERROR_RATIO, error_ratio(dtype, count, transposed=True), ERROR_RATIO)
     for actual, expected, truth, ratio in zip(mine, run(theirs, x, grad), exact, ratios):
         assert_error_at_most_twice_torch(actual, expected, truth, ratio)
 

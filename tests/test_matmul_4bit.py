@@ -58,6 +58,13 @@ SIZES = (
 )
 
 
+def error_ratio(dtype: torch.dtype, tokens: int, transposed: bool) -> float:
+    """How much of torch's error the forced backend may have."""
+    is_for_many = transposed or tokens > FEW_TOKENS
+    on_tensor_cores = forced_backend() == "cuda" and dtype != torch.float32 and is_for_many
+    return TENSOR_CORE_ERROR_RATIO if on_tensor_cores else ERROR_RATIO
+
+
 def assert_is_accurate(x: Tensor, weight: Weight, bias, transposed: bool, device: str) -> None:
     dense = weight.dense(x.dtype)
     on_device = None if bias is None else bias.to(device)
@@ -68,9 +75,7 @@ def assert_is_accurate(x: Tensor, weight: Weight, bias, transposed: bool, device
     assert product.device.type == device
     # The rounding of the weight to a narrow dtype is an error too: some kernels do without it.
     exact = define_matmul(x, weight.dense(), bias, transposed)
-    is_for_many = transposed or x.shape[:-1].numel() > FEW_TOKENS
-    on_tensor_cores = forced_backend() == "cuda" and x.dtype != torch.float32 and is_for_many
-    ratio = TENSOR_CORE_ERROR_RATIO if on_tensor_cores else ERROR_RATIO
+    ratio = error_ratio(x.dtype, x.shape[:-1].numel(), transposed)
     assert_error_at_most_twice_torch(product, by_torch, exact, ratio)
 
 

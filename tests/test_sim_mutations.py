@@ -177,7 +177,7 @@ def build_mutant(build: SimpleNamespace, mutant: Mutant, folder: Path) -> Path:
 
 @pytest.mark.parametrize("mutant", mutants(), ids=str)
 def test_without_it_something_fails(mutant: Mutant, build: SimpleNamespace, tmp_path: Path) -> None:
-    if (why := missing(build)) is not None:
+    if (why := missing()) is not None:
         pytest.skip(why)
     library = build_mutant(build, mutant, tmp_path)
     operations = SimulatedOperations(*open_simulated(library), GPUS["A100"])
