@@ -298,7 +298,8 @@ def test_what_a_kernel_may_not_do_is_found(body: str, message: str | None) -> No
          "add.s32 %r4, %r4, %r3; cp.async.ca.shared.global [%r4], [%rd3+12], 4, %r5;", 29),
         # A half of the warp waits for the other; lane 3 asks one that takes no part.
         ("setp.lt.u32 %p0, %r0, 16; @!%p0 bra END; setp.eq.u32 %p1, %r0, 3;"
-         "selp.b32 %r6, 20, 1, %p1; shfl.sync.idx.b32 %r2, %r1, %r6, 31, 0x0000ffff; END: mov.u32 %r2, 0;", 3),
+         "selp.b32 %r6, 20, 1, %p1; shfl.sync.idx.b32 %r2, %r1, %r6, 31, 0x0000ffff;"
+         "END: mov.u32 %r2, 0;", 3),
     ],
 )  # fmt: skip
 def test_the_thread_at_fault_is_named(body: str, thread: int) -> None:
