@@ -47,7 +47,7 @@ def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5
         _write_shards(shards, aside)
         config = getattr(model, "config", None)
         if config is not None:
-            text = {**config.to_dict(), "quantization_config": _quantization_config(layers)}
+            text = {**config.to_dict(), "quantization_config": quantization_config(model)}
             (aside / "config.json").write_text(json.dumps(text, indent=2, default=str) + "\n")
 
 
@@ -144,7 +144,7 @@ def _install(model: nn.Module, name: str, weight: QuantizedTensor, file: Path) -
         old = model.get_submodule(module_name)
     except AttributeError as error:
         raise ValueError(f"{file}: {name} belongs to no module of the model") from error
-    layer = _layer_for(old)
+    layer = layer_for(old)
     if layer is None or parameter != "weight":
         raise ValueError(
             f"{file}: {name} is in 4 bits, but the model has a {type(old).__name__} there"
@@ -158,7 +158,8 @@ def _install(model: nn.Module, name: str, weight: QuantizedTensor, file: Path) -
         replace_module(model, module_name, layer.train(old.training))
 
 
-def _layer_for(old: nn.Module) -> Module4bit | None:
+def layer_for(old: nn.Module) -> Module4bit | None:
+    """A 4-bit layer without a weight yet for the place of this one; None if there is no such."""
     if isinstance(old, Module4bit):
         return old
     if isinstance(old, nn.Linear) or is_conv1d(old):  # a Conv1D's is stored as (N, K), too
@@ -232,18 +233,30 @@ def _write_shards(shards: list[dict[str, Tensor]], directory: Path) -> None:
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _quantization_config(layers: dict[str, Module4bit]) -> dict[str, Any]:
-    """What config.json says of the 4-bit layers, in the words of BitsAndBytesConfig."""
+def quantization_config(
+    model: nn.Module, compute_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """What config.json says of a model's 4-bit layers, in the words of BitsAndBytesConfig.
+
+    The linear layers that are not in 4 bits are named, else bitsandbytes would expect them to be.
+    """
+    layers = layers_4bit(model)
     first = next(iter(layers.values()))
     names = {layer.codebook_name for layer in layers.values()}
     if not names <= set(tensor_format.SHARED_WITH_BITSANDBYTES):
         return {"quant_method": "qlora_ref", "codebooks": sorted(names)}
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and name not in layers
+    ]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
+        "llm_int8_skip_modules": dense or None,
         "bnb_4bit_quant_type": first.codebook_name,
         "bnb_4bit_use_double_quant": first.weight_nested_absmax is not None,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": str(first.weight_dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": str(compute_dtype or first.weight_dtype).removeprefix("torch."),
     }

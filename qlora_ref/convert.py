@@ -84,7 +84,7 @@ def convert_model(
     check_block_size(block_size)
     if isinstance(skip, str):
         raise TypeError(f"skip must be a list of names, got the string {skip!r}: write [{skip!r}]")
-    reasons = _reasons_to_keep(model, skip)
+    reasons = reasons_to_keep(model, skip)
     names = [name for name, reason in reasons.items() if reason is None]
     if not names:
         raise ValueError(_nothing_message(model, reasons))
@@ -93,21 +93,21 @@ def convert_model(
     decisions = []
     for name, reason in reasons.items():
         before = model.get_submodule(name)
-        kind, shape, size = type(before).__name__, _shape(before), _own_bytes(before)
+        kind, shape, size = type(before).__name__, weight_shape(before), own_bytes(before)
         if reason is None:
             after = Linear4bit.from_linear(
                 before, codebook, block_size, double_quant, compute_dtype
             )
             replace_module(model, name, after)
             del before  # the dense weight goes before the next one is quantised
-            size_after = _own_bytes(after)
+            size_after = own_bytes(after)
             decisions.append(Decision(name, kind, shape, True, "linear layer", size, size_after))
         else:
             decisions.append(Decision(name, kind, shape, False, reason, size, size))
     return ConversionReport(decisions)
 
 
-def _reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | None]:
+def reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | None]:
     """For every module with parameters of its own: why it is kept, or None to convert it."""
     names = [name for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
     everything = [name for name, _ in model.named_modules()]
@@ -179,13 +179,15 @@ def _nothing_message(model: nn.Module, reasons: dict[str, str | None]) -> str:
     return f"nothing to convert in a {type(model).__name__}: no nn.Linear is left ({listed})"
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight or, where there is none, of its first parameter."""
     weight = getattr(module, "weight", None)
     tensor = weight if isinstance(weight, Tensor) else next(module.parameters(recurse=False))
     return tuple(tensor.shape)
 
 
-def _own_bytes(module: nn.Module) -> int:
+def own_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters; of a weight in 4 bits, codes and scales."""
     if isinstance(module, Module4bit):
         bias = getattr(module, "bias", None)
         return module.quantized_weight.nbytes + (0 if bias is None else _bytes(bias))

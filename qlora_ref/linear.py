@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlora_ref import ops
 from qlora_ref.module4bit import Module4bit
-from qlora_ref.quantized import quantize
+from qlora_ref.quantized import QuantizationError, quantize
 
 
 class Linear4bit(Module4bit, nn.Linear):
@@ -73,6 +73,18 @@ class Linear4bit(Module4bit, nn.Linear):
         layer.set_quantized_weight(quantize(weight.detach(), codebook, block_size, double_quant))
         layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed
         return layer.train(linear.training)
+
+    def with_weight(
+        self, weight: Tensor, bias: nn.Parameter | None, training: bool
+    ) -> tuple[Linear4bit, QuantizationError]:
+        """A layer with another weight (N, K), quantised as this one is, and the error of that."""
+        old = self.quantized_weight
+        levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
+        new = quantize(weight, levels, old.block_size, old.double_quant)
+        layer = Linear4bit(self.in_features, self.out_features, bias is not None, device="meta")
+        layer.compute_dtype, layer.bias = self.compute_dtype, bias  # type: ignore[assignment]
+        layer.set_quantized_weight(new.to(old.dtype))
+        return layer.train(training), new.error(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N)."""

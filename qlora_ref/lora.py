@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora_ref.linear import Linear4bit, dense_linear, dense_parameters, is_conv1d
 from qlora_ref.module4bit import layers_4bit
-from qlora_ref.quantized import QuantizationError, quantize
+from qlora_ref.quantized import QuantizationError
 
 
 class LoRA(nn.Module):
@@ -128,15 +128,7 @@ class LoRA(nn.Module):
             raise TypeError(
                 f"the base is a {type(self.base).__name__}, not in 4 bits: merge to float"
             )
-        layer = Linear4bit(
-            self.in_features, self.out_features, self.bias is not None, device="meta"
-        )
-        layer.compute_dtype, layer.bias = self.base.compute_dtype, self.base.bias
-        old = self.base.quantized_weight
-        levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
-        weight = quantize(merged, levels, old.block_size, old.double_quant)
-        layer.set_quantized_weight(weight.to(old.dtype))
-        return layer.train(self.training), weight.error(merged)
+        return self.base.with_weight(merged, self.base.bias, self.training)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:.4g}, enabled={self.enabled}"
@@ -236,11 +228,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(
+    model: nn.Module, only_trainable: bool = False, exclude: Sequence[Tensor] = ()
+) -> int:
     """The number of parameters; a quantised weight counts as the values that it stands for."""
     layers = layers_4bit(model).values()
     packed = {id(layer.weight): layer.weight_shape.numel() for layer in layers}
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    left_out = {id(parameter) for parameter in exclude}
+    return sum(
+        packed.get(id(p), p.numel())
+        for p in model.parameters()
+        if id(p) not in left_out and (p.requires_grad or not only_trainable)
+    )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

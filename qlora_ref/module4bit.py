@@ -32,6 +32,10 @@ def layers_4bit(model: nn.Module) -> dict[str, Module4bit]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Module4bit)}
 
 
+class Params4bit(nn.Parameter):
+    """A parameter that holds codes. PEFT and accelerate know one by the name of its class."""
+
+
 class Module4bit(nn.Module):
     """A module whose `weight` is held in 4 bits. Subclasses call `set_quantized_weight`."""
 
@@ -49,7 +53,7 @@ class Module4bit(nn.Module):
 
     def set_quantized_weight(self, weight: QuantizedTensor) -> None:
         """Hold this weight from now on; the module shares its storage."""
-        self.weight = nn.Parameter(weight.packed.reshape(-1, 1), requires_grad=False)
+        self.weight = Params4bit(weight.packed.reshape(-1, 1), requires_grad=False)
         for buffer, field in _BUFFERS.items():
             self.register_buffer(buffer, getattr(weight, field), persistent=False)
         self.codebook_name, self.block_size = weight.codebook_name, weight.block_size

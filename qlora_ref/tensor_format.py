@@ -85,6 +85,11 @@ def stored_names(keys: Mapping[str, Any] | list[str]) -> list[str]:
     return sorted({key.split(".quant_state.")[0] for key in keys if ".quant_state." in key})
 
 
+def state_keys() -> list[str]:
+    """The keys, of all codebooks, under which the JSON of a tensor may be stored."""
+    return [_state_key(name) for name in (*CODEBOOKS, "custom")]
+
+
 def save(tensor: QuantizedTensor, path: Path | str) -> None:
     """Write one tensor to a safetensors file, under the name "weight"."""
     from safetensors.torch import save_file

@@ -1,0 +1,1 @@
+"""Other libraries on our layers: transformers.py, peft.py, bitsandbytes/."""
