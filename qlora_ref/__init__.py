@@ -11,6 +11,7 @@ from qlora_ref.linear import Embedding4bit, Linear4bit
 from qlora_ref.lora import LoRA, LoraReport, add_lora, merge_lora
 from qlora_ref.optim import AdamW
 from qlora_ref.quantized import QuantizationError, QuantizedTensor, quantize
+from qlora_ref.stand_in import as_bitsandbytes
 from qlora_ref.version import __version__
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "add_lora",
+    "as_bitsandbytes",
     "codebooks",
     "convert_model",
     "explain",

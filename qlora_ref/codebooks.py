@@ -53,13 +53,14 @@ def normal_float_codebook(bits: int, offset: float = NORMAL_FLOAT_OFFSET) -> Ten
     if not 0.5 < offset < 1.0:
         raise ValueError(f"offset must lie between 0.5 and 1, got {offset!r}")
     half = 2 ** (bits - 1)
-    positive = _normal_quantiles(offset, half)
-    negative = -_normal_quantiles(offset, half - 1)
+    positive = normal_quantiles(offset, half)
+    negative = -normal_quantiles(offset, half - 1)
     levels = torch.cat([negative, torch.zeros(1), positive]).sort().values
     return levels / levels.max()
 
 
-def _normal_quantiles(offset: float, count: int) -> Tensor:
+def normal_quantiles(offset: float, count: int) -> Tensor:
+    """Q(linspace(offset, 1/2, count + 1)) without the last, which is 0; float32 (count,)."""
     # float32 probabilities, float64 quantiles, float32 levels: other mixtures of precision miss
     # the published NF4 table by up to 8 units in the last place.
     probabilities = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32)[:-1]

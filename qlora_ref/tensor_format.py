@@ -15,7 +15,7 @@ other key would make it read them as NF4.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,16 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 def to_tensors(tensor: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
     """The tensors that a file holds for a QuantizedTensor, by key, as in the module's docstring."""
-    state: dict[str, Any] = {
-        "quant_type": tensor.codebook_name,
-        "blocksize": tensor.block_size,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-    }
     parts = {"absmax": tensor.scales, "quant_map": tensor.codebook}
+    offset = None
     if tensor.nested_absmax is not None:
         assert tensor.nested_codebook is not None and tensor.offset is not None
         parts["nested_absmax"] = tensor.nested_absmax
         parts["nested_quant_map"] = tensor.nested_codebook
-        state["nested_blocksize"] = DYNAMIC_BLOCK_SIZE
-        state["nested_dtype"] = "float32"
         on_meta = tensor.device.type == "meta"  # there are keys there, but no values
-        state["nested_offset"] = 0.0 if on_meta else tensor.offset.item()
-    parts[_state_key(tensor.codebook_name)] = _json_tensor(state, tensor.device)
+        offset = 0.0 if on_meta else tensor.offset.item()
+    state = state_json(tensor.codebook_name, tensor.block_size, tensor.dtype, tensor.shape, offset)
+    parts[state_key(tensor.codebook_name)] = json_tensor(state, tensor.device)
     named = {f"{name}.{key}": part for key, part in parts.items()}
     return {name: tensor.packed.reshape(-1, 1), **named}
 
@@ -87,7 +81,7 @@ def stored_names(keys: Mapping[str, Any] | list[str]) -> list[str]:
 
 def state_keys() -> list[str]:
     """The keys, of all codebooks, under which the JSON of a tensor may be stored."""
-    return [_state_key(name) for name in (*CODEBOOKS, "custom")]
+    return [state_key(name) for name in (*CODEBOOKS, "custom")]
 
 
 def save(tensor: QuantizedTensor, path: Path | str) -> None:
@@ -114,12 +108,35 @@ def load(path: Path | str) -> QuantizedTensor:
     return from_tensors(tensors, names[0])
 
 
-def _state_key(codebook_name: str) -> str:
+def state_json(
+    codebook_name: str,
+    block_size: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    offset: float | None,
+) -> dict[str, Any]:
+    """What the JSON of a 4-bit tensor says; `offset` only of one that is double-quantised."""
+    state: dict[str, Any] = {
+        "quant_type": codebook_name,
+        "blocksize": block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    if offset is not None:
+        state["nested_blocksize"] = DYNAMIC_BLOCK_SIZE
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = offset
+    return state
+
+
+def state_key(codebook_name: str) -> str:
+    """The key of that JSON: it tells bitsandbytes which codebook to use, or to stay away."""
     owner = "bitsandbytes" if codebook_name in SHARED_WITH_BITSANDBYTES else "qlora_ref"
     return f"quant_state.{owner}__{codebook_name}"
 
 
-def _json_tensor(state: dict[str, Any], device: torch.device) -> Tensor:
+def json_tensor(state: dict[str, Any], device: torch.device) -> Tensor:
+    """JSON as the bytes of a tensor, uint8 (length,)."""
     text = json.dumps(state).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
 
@@ -131,15 +148,21 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
             f"expected one key {name}.quant_state.*, got {keys or 'none'}; dense weights are "
             "quantised with convert_model or Linear4bit.from_linear"
         )
-    try:
-        state = json.loads(bytes(tensors[keys[0]].flatten().to(torch.uint8).cpu().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{keys[0]} is not JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{keys[0]} must hold a JSON object, got {type(state).__name__}")
-    if keys[0] != f"{name}.{_state_key(str(state.get('quant_type')))}":
+    state = read_json(keys[0], tensors[keys[0]])
+    if keys[0] != f"{name}.{state_key(str(state.get('quant_type')))}":
         raise ValueError(f"{keys[0]} says quant_type {state.get('quant_type')!r}")
     return keys[0], state
+
+
+def read_json(key: str, tensor: Tensor) -> dict[str, Any]:
+    """The JSON object in the bytes of a tensor. Raises ValueError, naming the key, for others."""
+    try:
+        state = json.loads(bytes(tensor.flatten().to(torch.uint8).cpu().tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{key} must hold a JSON object, got {type(state).__name__}")
+    return state
 
 
 def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -113,7 +113,7 @@ def test_yoshidas_offset_for_two_bits_gives_his_level() -> None:
     assert level == pytest.approx(0.43581816, rel=0, abs=FLOAT32_QUANTILE)
 
 
-def test_nf8_levels_are_normal_quantiles() -> None:
+def test_nf8_levels_arenormal_quantiles() -> None:
     def quantiles(count: int) -> list[float]:
         return [norm.ppf(0.9677083 + (0.5 - 0.9677083) * i / (count - 1)) for i in range(count - 1)]
 

@@ -34,6 +34,8 @@ LAYERS = [
     {"models", "training_state", "plots"},
     {"finetune", "inspection", "merging", "doctor"},
     {"cli", "integrations"},
+    {"stand_in"},
+    {"as_bitsandbytes"},
 ]
 # Imported inside a function, where the layers would otherwise form a ring.
 LATE = {("quantized", "tensor_format")}

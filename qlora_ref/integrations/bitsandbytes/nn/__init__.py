@@ -1,0 +1,34 @@
+"""bitsandbytes.nn: the 4-bit layers."""
+
+from qlora_ref.integrations.bitsandbytes.nn import modules, parametrize
+from qlora_ref.integrations.bitsandbytes.nn.modules import (
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    Int8Params,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+    OutlierAwareLinear,
+    Params4bit,
+    StableEmbedding,
+)
+
+__all__ = [
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "OutlierAwareLinear",
+    "Params4bit",
+    "StableEmbedding",
+    "modules",
+    "parametrize",
+]

@@ -1,0 +1,1 @@
+"""How this library takes the place of bitsandbytes, in a process and in its children."""
