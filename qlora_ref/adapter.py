@@ -82,15 +82,25 @@ def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
     missing = [name for name in names if not _has_module(model, name)]
     if missing or not names:
         raise ValueError(f"{directory} is an adapter of another model: it has no {missing[:3]}")
-    report = add_lora(
-        model,
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=names,
-        rslora=config.get("use_rslora", False),
-        dtype=next(iter(tensors.values())).dtype,
-    )
+    r = config["r"]
+    odd = [key for key, value in tensors.items() if type(r) is not int or _rank(key, value) != r]
+    if odd:
+        raise ValueError(
+            f"{directory}: {odd[0]} must have shape (r, K) or (N, r) for {r=}, "
+            f"got {tuple(tensors[odd[0]].shape)}"
+        )
+    try:
+        report = add_lora(
+            model,
+            r=r,
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            targets=names,
+            rslora=config.get("use_rslora", False),
+            dtype=next(iter(tensors.values())).dtype,
+        )
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"cannot use the adapter in {directory}: {error}") from error
     load_adapter_tensors(model, tensors, str(directory))
     return report
 
@@ -162,6 +172,11 @@ def _peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": any(is_conv1d(adapter.base) for adapter in adapters.values()),
         "inference_mode": True,
     }
+
+
+def _rank(key: str, matrix: Tensor) -> int:
+    """The rank that a matrix A (r, K) or B (N, r) has; 0 for what is no matrix."""
+    return matrix.shape[int(".lora_B." in key)] if matrix.dim() == 2 else 0
 
 
 def _has_module(model: nn.Module, name: str) -> bool:

@@ -59,8 +59,12 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
     own = _distinct(model.state_dict())
     names = tensor_format.stored_names(own)  # a layer in 4 bits already is missing as a whole
     missing = set(own) - {k for n in names for k in _keys_of(n, list(own)) if k != n}
+    seen: dict[str, Path] = {}
     for file in checkpoint_files(directory):
         for name, tensor in _tensors_in(file):
+            if name in seen:
+                raise ValueError(f"{file}: {name} is in {seen[name]}, too")
+            seen[name] = file
             if isinstance(tensor, QuantizedTensor):
                 _install(model, name, tensor, file)
             else:
@@ -79,17 +83,30 @@ def checkpoint_files(path: Path | str) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path / INDEX} is not an index of shards: {error}") from error
+        shards = _shard_names(path / INDEX)
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise ValueError(f"{path} lacks the shards {missing} that its index names")
         return [path / shard for shard in shards]
     if (path / SINGLE).is_file():
         return [path / SINGLE]
-    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    pickles = [file.name for file in path.glob("*.bin")]
+    hint = (
+        f"; {pickles} are pickles, which can run any code: save as safetensors" if pickles else ""
+    )
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+    # A shard lies beside its index: a path of any other kind may lead anywhere.
+    odd = [s for s in shards if not isinstance(s, str) or s in ("", ".", "..") or Path(s).name != s]
+    if odd or not shards:
+        raise ValueError(f"{index} must name files beside it in weight_map, got {odd[:3]}")
+    return sorted(shards)
 
 
 def stored_tensors(path: Path | str) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
@@ -99,13 +116,19 @@ def stored_tensors(path: Path | str) -> Iterator[tuple[str, QuantizedTensor | Te
 
 
 def is_quantized_checkpoint(directory: Path | str) -> bool:
-    """Whether a directory's config.json says that its linear layers are in 4 bits."""
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text())
-    except (OSError, ValueError):
+    """Whether a directory's config.json says that its linear layers are in 4 bits.
+
+    Raises ValueError, naming the file, for a config.json that is not JSON or of another form.
+    """
+    file = Path(directory) / "config.json"
+    if not file.is_file():  # a hub name, or a directory that others will say more about
         return False
-    quantization = config.get("quantization_config") or {}
-    return bool(quantization.get("load_in_4bit") or quantization.get("quant_method") == "qlora_ref")
+    try:
+        quantization = json.loads(file.read_text()).get("quantization_config") or {}
+        method, in_4bit = quantization.get("quant_method"), quantization.get("load_in_4bit")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is not a model's configuration: {error!r}") from error
+    return bool(in_4bit or method == "qlora_ref")
 
 
 def _tensors_in(file: Path) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
@@ -113,7 +136,7 @@ def _tensors_in(file: Path) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
         keys = list(tensors.keys())
         groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
         for name, group in groups.items():
-            stored = {key: tensors.get_tensor(key) for key in group}
+            stored = {key: _get(tensors, key, file) for key in group}
             try:
                 weight = tensor_format.from_tensors(stored, name)
             except ValueError as error:
@@ -122,7 +145,17 @@ def _tensors_in(file: Path) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
         grouped = {key for group in groups.values() for key in group}
         for key in keys:
             if key not in grouped:
-                yield key, tensors.get_tensor(key)
+                yield key, _get(tensors, key, file)
+
+
+def _get(tensors: Any, key: str, file: Path) -> Tensor:
+    from safetensors import SafetensorError
+
+    try:
+        tensor: Tensor = tensors.get_tensor(key)
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file}: cannot read {key}: {error}") from error
+    return tensor
 
 
 def _opened(file: Path) -> Any:

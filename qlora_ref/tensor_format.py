@@ -29,6 +29,7 @@ from qlora_ref.quantized import QuantizedTensor
 
 SCALE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SHARED_WITH_BITSANDBYTES = ("nf4", "fp4")
+_MOST_JSON = 1 << 16  # bytes; what libraries write has some two hundred
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -156,8 +157,13 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> tuple[str, dict[str
 
 def read_json(key: str, tensor: Tensor) -> dict[str, Any]:
     """The JSON object in the bytes of a tensor. Raises ValueError, naming the key, for others."""
+    if tensor.dtype != torch.uint8 or tensor.numel() > _MOST_JSON:
+        raise ValueError(
+            f"{key} must hold at most {_MOST_JSON} bytes as uint8, got {tensor.numel()} of "
+            f"{tensor.dtype}"
+        )
     try:
-        state = json.loads(bytes(tensor.flatten().to(torch.uint8).cpu().tolist()))
+        state = json.loads(bytes(tensor.flatten().cpu().tolist()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key} is not JSON: {error}") from error
     if not isinstance(state, dict):
@@ -196,8 +202,8 @@ def _read_nested(state: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, T
         raise ValueError(
             f"nested scales must be float32 in blocks of 256, got {dtype}, {block_size}"
         )
-    offset = state.get("nested_offset")
-    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
+    offset: Any = state.get("nested_offset")
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise ValueError(f"nested_offset must be a finite float32, got {offset!r}")
     nested_absmax = parts["nested_absmax"]
     return {
@@ -209,7 +215,7 @@ def _read_nested(state: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, T
 
 def _positive_int(state: dict[str, Any], key: str) -> int:
     value = state.get(key)
-    if not isinstance(value, int) or not 1 <= value < 2**63:
+    if type(value) is not int or not 1 <= value < 2**63:
         raise ValueError(f"{key} must be a positive whole number, got {value!r}")
     return value
 
@@ -217,7 +223,7 @@ def _positive_int(state: dict[str, Any], key: str) -> int:
 def _read_shape(state: dict[str, Any]) -> torch.Size:
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(
-        isinstance(size, int) and 0 <= size < 2**63 for size in shape
+        type(size) is int and 0 <= size < 2**63 for size in shape
     ):
         raise ValueError(f"shape must be a list of whole numbers, got {shape!r}")
     return torch.Size(shape)
