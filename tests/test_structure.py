@@ -168,7 +168,7 @@ BLOCKED = ("bitsandbytes", "transformers", "peft", "triton", "gguf", "matplotlib
 
 
 def test_every_module_imports_without_optional_packages_and_without_a_warning() -> None:
-    # These two are for those who have the library that they are named after.
+    # These are for those who have the library that they are about.
     own = [path for path in modules() if path.parent.name != "integrations"]
     names = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in own]
     script = (
