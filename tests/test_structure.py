@@ -28,7 +28,7 @@ LAYERS = [
     {"quantized"},
     {"tensor_format", "paging"},
     {"module4bit", "data", "paged"},
-    {"linear", "optim"},
+    {"linear", "optim", "optimizers"},
     {"lora", "evaluate"},
     {"convert", "memory", "adapter", "checkpoint"},
     {"models", "training_state", "plots"},

@@ -1,6 +1,7 @@
-"""bitsandbytes.optim: its Adam and AdamW classes, each optim.AdamW with the options of its name.
+"""bitsandbytes.optim: Adam and AdamW are optim.AdamW with the options that their names say.
 
-Its other optimizers can be imported; making one raises NotImplementedError.
+The other optimizers are in other_optimizers.py; making one that is missing raises
+NotImplementedError.
 """
 
 from __future__ import annotations
@@ -12,8 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from qlora_ref import optim
+from qlora_ref.integrations.bitsandbytes.other_optimizers import (  # noqa: F401  (their names)
+    SGD,
+    Adagrad,
+    Adagrad8bit,
+    Adagrad32bit,
+    AdEMAMix,
+    AdEMAMix8bit,
+    AdEMAMix32bit,
+    Lion,
+    Lion8bit,
+    Lion32bit,
+    RMSprop,
+    RMSprop8bit,
+    RMSprop32bit,
+    SGD8bit,
+    SGD32bit,
+)
 
-_MISSING = ("Lion", "AdEMAMix", "LAMB", "LARS", "SGD", "RMSprop", "Adagrad")
+_MISSING = ("LAMB", "LARS", "PagedLion", "PagedAdEMAMix")
 
 
 class AdamW(optim.AdamW):
@@ -106,9 +124,9 @@ class PagedAdamW8bit(AdamW):
 
 
 class Adam(AdamW):
-    """Adam, which without weight decay is AdamW.
+    """AdamW without weight decay unless it is asked for.
 
-    Raises NotImplementedError for a weight decay: here it would not go through the moments.
+    As in bitsandbytes it is then decoupled; torch.optim.Adam adds it to the gradient instead.
     """
 
     def __init__(
@@ -124,8 +142,6 @@ class Adam(AdamW):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        if weight_decay:
-            raise NotImplementedError("Adam with weight decay is not available: use AdamW")
         options = (amsgrad, optim_bits, args, min_8bit_size, is_paged)
         super().__init__(params, lr, betas, eps, weight_decay, *options)
 
@@ -223,12 +239,11 @@ class _Missing(torch.optim.Optimizer):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise NotImplementedError(
             f"{type(self).__name__} is not available: AdamW and Adam are, in 32 and 8 bits and "
-            "paged; or use an optimizer of torch.optim"
+            "paged; Lion, AdEMAMix, SGD, RMSprop and Adagrad in 32 and 8 bits"
         )
 
 
 def __getattr__(name: str) -> Any:
-    plain = name.removeprefix("Paged").removesuffix("32bit").removesuffix("8bit")
-    if plain in _MISSING:
+    if name.removesuffix("32bit").removesuffix("8bit") in _MISSING:
         return type(name, (_Missing,), {"__module__": __name__})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
