@@ -41,7 +41,9 @@ def test_a_layer_is_quantised_when_it_is_moved_as_the_other_is() -> None:
 
 def test_a_state_dict_goes_into_another_layer() -> None:
     source = layer().to("cpu")
-    for target in (layer(bias=True), layer().to("cpu")):
+    empty = layer(device="meta")
+    empty.bias = nn.Parameter(torch.zeros(48))
+    for target in (layer(bias=True), layer().to("cpu"), empty):
         nn.init.zeros_(target.bias)
         target.load_state_dict(source.state_dict())
         assert torch.equal(target(normal(2, 64)), source(normal(2, 64)))

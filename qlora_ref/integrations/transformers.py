@@ -99,7 +99,6 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     is_trainable = True
-    is_compileable = True
     quantized_element_size = 0.5  # bytes, where memory is planned
     serialized_names = {
         "weight": [

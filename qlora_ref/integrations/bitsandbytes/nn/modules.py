@@ -199,6 +199,7 @@ class _Quantized(nn.Module):
         if stats:
             try:
                 data, device = state_dict[f"{prefix}weight"], self.weight.device
+                device = data.device if device.type == "meta" else device
                 made = Params4bit.from_prequantized(data, stats, device=device, module=self)  # type: ignore[arg-type]
                 self._parameters["weight"] = made
             except (KeyError, TypeError, ValueError) as error:
