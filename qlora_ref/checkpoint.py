@@ -277,7 +277,8 @@ def quantization_config(
     first = next(iter(layers.values()))
     names = {layer.codebook_name for layer in layers.values()}
     if not names <= set(tensor_format.SHARED_WITH_BITSANDBYTES):
-        return {"quant_method": "qlora_ref", "codebooks": sorted(names)}
+        ours: dict[str, Any] = {"quant_method": "qlora_ref", "codebooks": sorted(names)}
+        return ours if compute_dtype is None else {**ours, "compute_dtype": _name(compute_dtype)}
     dense = [
         name
         for name, module in model.named_modules()
@@ -291,5 +292,9 @@ def quantization_config(
         "bnb_4bit_quant_type": first.codebook_name,
         "bnb_4bit_use_double_quant": first.weight_nested_absmax is not None,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": str(compute_dtype or first.weight_dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": _name(compute_dtype or first.weight_dtype),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
