@@ -331,4 +331,4 @@ def test_importing_it_says_what_is_missing() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and "ImportError" in done.stderr or "ModuleNotFound" in done.stderr
+    assert done.returncode != 0 and "transformers" in done.stderr.splitlines()[-1]

@@ -71,7 +71,7 @@ class LoraLinear4bit(LoraLinear):  # type: ignore[misc]  # no types in PEFT
     def unmerge(self) -> None:
         """Put the 4-bit layer back."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("no adapter is merged, so there is none to unmerge", stacklevel=2)
             return
         self.base_layer = self._base_4bit()
         self.merged_adapters.clear()

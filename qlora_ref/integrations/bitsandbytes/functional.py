@@ -244,7 +244,7 @@ def get_4bit_type(
 
 def _check_type(quant_type: str) -> None:
     if quant_type not in QuantState.valid_quant_types:
-        raise NotImplementedError(f"4-bit quantization data type {quant_type} is not implemented")
+        raise NotImplementedError(f"quant_type must be nf4 or fp4, got {quant_type!r}")
 
 
 def _whole_table(levels: Tensor) -> Tensor:
