@@ -89,11 +89,53 @@ def ademamix(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step
     p.addcdiv_(direction, root, value=-options["lr"])
 
 
+def lars(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
+    """SGD with momentum whose step is cut down where it is large beside the parameter.
+
+        g += wd p;  m = beta m + g;  p -= lr c m,   c = min(1, max_unorm |p| / |m|)
+
+    bitsandbytes' form; in the paper (You et al., arXiv 1708.03888) the factor may be above 1.
+    """
+    (m,) = moments
+    g.add_(p, alpha=options["weight_decay"])
+    m.mul_(options["betas"][0]).add_(g)
+    p.sub_(m * _cut(m, p, options), alpha=options["lr"])
+
+
+def lamb(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
+    """AdamW whose step is cut down where it is large beside the parameter.
+
+        m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   u = m / (sqrt(v) + eps sqrt(1 - b2^t))
+        c = min(1, max_unorm |p| / |u|)
+        p *= 1 - lr wd;   p -= lr c u sqrt(1 - b2^t) / (1 - b1^t)
+
+    The form of bitsandbytes' CPU backend; in the paper (You et al., arXiv 1904.00962, algorithm 2)
+    the norm is that of the corrected direction with the decay, and the factor may be above 1.
+    """
+    m, v = moments
+    beta1, beta2 = options["betas"]
+    root = (1 - beta2**step) ** 0.5
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    direction = m / v.sqrt().add_(options["eps"] * root)
+    factor = _cut(direction, p, options)
+    p.mul_(1 - options["lr"] * options["weight_decay"])
+    p.sub_(direction * factor, alpha=options["lr"] * root / (1 - beta1**step))
+
+
+def _cut(direction: Tensor, p: Tensor, options: Options) -> Tensor:
+    """min(1, max_unorm |p| / |direction|); 1 for a direction of zeros."""
+    ratio = options["max_unorm"] * p.norm() / direction.norm()
+    return ratio.nan_to_num(nan=1.0).clamp(max=1.0)
+
+
 RULES = {
     "momentum": Rule(momentum, {"momentum": True}),
     "rmsprop": Rule(rmsprop, {"square": False}),
     "adagrad": Rule(adagrad, {"sum": False}),
     "lion": Rule(lion, {"momentum": True}),
+    "lars": Rule(lars, {"momentum": True}),
+    "lamb": Rule(lamb, {"momentum": True, "square": False}),
     "ademamix": Rule(ademamix, {"fast": True, "slow": True, "square": False}),
 }
 
@@ -106,6 +148,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     lr, eps, weight_decay   float, >= 0
     betas           floats in [0, 1): as many as the rule has, of which the first is the momentum
     alpha           float, >= 0; of ademamix only
+    max_unorm       float, >= 0; of lars and lamb: the longest step, beside the parameter's norm
     state_bits      32 or 8
     smallest_8bit   parameters with fewer values keep a state of 32 bits
 
@@ -125,17 +168,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         alpha: float = 0.0,
         state_bits: int = 32,
         smallest_8bit: int = 0,
+        max_unorm: float = 1.0,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
         self.rule, self.smallest_8bit = RULES[rule], smallest_8bit
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "alpha": alpha, "state_bits": state_bits})
+        defaults: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"alpha": alpha, "state_bits": state_bits, "max_unorm": max_unorm}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own. Raises ValueError for options out of range."""
         options = {**self.defaults, **param_group}
-        for name in ("lr", "eps", "weight_decay", "alpha"):
+        for name in ("lr", "eps", "weight_decay", "alpha", "max_unorm"):
             if not 0 <= options[name]:
                 raise ValueError(f"{name} must be at least 0, got {options[name]}")
         if not all(0 <= beta < 1 for beta in options["betas"]):

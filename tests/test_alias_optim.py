@@ -71,3 +71,11 @@ def test_single_parameters_can_keep_32_bits() -> None:
     assert sorted(members) == sorted(map(id, params))
     with pytest.raises(NotImplementedError, match="param group"):
         manager.override_config(plain.weight, "lr", 1.0)
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Lion", "AdEMAMix", "LARS", "LAMB"])
+def test_the_other_optimizers_take_the_same_arguments(name: str) -> None:
+    assert arguments(getattr(ours.optim, name)) == arguments(getattr(bnb.optim, name))
+    for bits in ("32bit", "8bit"):
+        theirs = dict(arguments(getattr(bnb.optim, name + bits)))
+        assert theirs.keys() <= dict(arguments(getattr(ours.optim, name + bits))).keys()

@@ -23,8 +23,11 @@ CASES: dict[str, dict[str, Any]] = {
     "Adagrad": DECAY,
     "Lion": DECAY,
     "AdEMAMix": DECAY,
+    "LARS": {**DECAY, "momentum": 0.9},
+    "LAMB": DECAY,
     "Adam": DECAY,
 }
+EIGHT_BITS = [name for name in CASES if name != "Adam"]
 # Each step rounds the parameter, about 1, and a step of about 0.01 a few times.
 ROUNDINGS = STEPS * 4 * 2.0**-24
 
@@ -48,6 +51,27 @@ def test_steps_are_those_of_bitsandbytes(name: str) -> None:
     expected = run(getattr(bnb.optim, name), **CASES[name])[0]
     found = run(getattr(ours, name), **CASES[name])[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=8 * ROUNDINGS)
+
+
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+@pytest.mark.parametrize("bound", [0.005, 100.0])
+def test_long_steps_are_cut_down_as_in_bitsandbytes(name: str, bound: float) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes==0.50.2")
+    options = {**CASES[name], "max_unorm": bound}
+    expected = run(getattr(bnb.optim, name), **options)[0]
+    found = run(getattr(ours, name), **options)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=8 * ROUNDINGS)
+    free = run(getattr(ours, name), **{**options, "max_unorm": 1e9})[0]
+    assert torch.equal(found, free) == (bound == 100.0)
+
+
+def test_a_direction_of_zeros_moves_nothing() -> None:
+    for optimizer in (ours.LAMB, ours.LARS):
+        param = nn.Parameter(normal(64))
+        before = param.detach().clone()
+        param.grad = torch.zeros_like(param)
+        optimizer([param], lr=0.1, **({"momentum": 0.9} if optimizer is ours.LARS else {})).step()
+        assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad"])
@@ -80,7 +104,7 @@ def test_steps_are_those_of_the_papers(name: str) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=8 * ROUNDINGS)
 
 
-@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Lion", "AdEMAMix"])
+@pytest.mark.parametrize("name", EIGHT_BITS)
 def test_8_bit_moments_are_the_nearest_levels_after_each_step(name: str) -> None:
     param = nn.Parameter(normal(40, 130, seed=0))
     eight = getattr(ours, f"{name}8bit")([param], **CASES[name])
@@ -117,7 +141,7 @@ def restored(optimizer: RuleOptimizer, param: Tensor) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Lion", "AdEMAMix"])
+@pytest.mark.parametrize("name", EIGHT_BITS)
 def test_small_parameters_keep_32_bits(name: str) -> None:
     param = nn.Parameter(normal(64, 63))
     optimizer = getattr(ours, f"{name}8bit")([param], **CASES[name])
@@ -144,7 +168,7 @@ def test_parameters_of_16_bits_are_rounded_once_a_step(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("rule", RULES)
 def test_training_goes_on_from_a_saved_state(rule: str, bits: int) -> None:
-    betas = (0.9, 0.99, 0.999)
+    betas = (0.9, 0.99, 0.999)[: 2 if rule in ("lion", "lamb") else 3]
     param = nn.Parameter(normal(40, 130, seed=0).bfloat16())
     options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "state_bits": bits}
     optimizer = RuleOptimizer([param], rule, **options)
@@ -192,9 +216,11 @@ def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
         ("Adagrad", {"lr_decay": 0.1}),
         ("AdEMAMix", {"t_alpha": 100}),
         ("Lion", {"is_paged": True}),
-        ("LAMB", {}),
+        ("LAMB", {"bias_correction": False}),
+        ("LARS", {"lr": 0.1}),
+        ("PagedLion", {}),
     ],
 )
 def test_what_is_not_available_says_so(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match="available|without momentum"):
+    with pytest.raises(NotImplementedError, match="available|use torch.optim.SGD"):
         getattr(ours, name)([nn.Parameter(normal(4))], **options)

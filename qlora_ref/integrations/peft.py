@@ -20,7 +20,7 @@ from qlora_ref.linear import Linear4bit, dense_linear
 from qlora_ref.lora import replace_module
 from qlora_ref.quantized import QuantizationError
 
-# Those that read or change the base weight start from the dense one, before it is quantised.
+# Those that do not look at the base weight. Others start from the dense one.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 

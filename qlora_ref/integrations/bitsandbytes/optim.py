@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qlora_ref import optim
 from qlora_ref.integrations.bitsandbytes.other_optimizers import (  # noqa: F401  (their names)
+    LAMB,
+    LARS,
     SGD,
     Adagrad,
     Adagrad8bit,
@@ -21,6 +23,10 @@ from qlora_ref.integrations.bitsandbytes.other_optimizers import (  # noqa: F401
     AdEMAMix,
     AdEMAMix8bit,
     AdEMAMix32bit,
+    LAMB8bit,
+    LAMB32bit,
+    LARS8bit,
+    LARS32bit,
     Lion,
     Lion8bit,
     Lion32bit,
@@ -31,7 +37,7 @@ from qlora_ref.integrations.bitsandbytes.other_optimizers import (  # noqa: F401
     SGD32bit,
 )
 
-_MISSING = ("LAMB", "LARS", "PagedLion", "PagedAdEMAMix")
+_MISSING = ("PytorchLARS", "PagedLion", "PagedAdEMAMix")
 
 
 class AdamW(optim.AdamW):
@@ -239,7 +245,7 @@ class _Missing(torch.optim.Optimizer):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         raise NotImplementedError(
             f"{type(self).__name__} is not available: AdamW and Adam are, in 32 and 8 bits and "
-            "paged; Lion, AdEMAMix, SGD, RMSprop and Adagrad in 32 and 8 bits"
+            "paged; Lion, AdEMAMix, LAMB, LARS, SGD, RMSprop and Adagrad in 32 and 8 bits"
         )
 
 

@@ -38,6 +38,60 @@ class SGD(RuleOptimizer):
         super().__init__(params, "momentum", lr, betas, 0.0, weight_decay, 0.0, bits, min_8bit_size)
 
 
+class LARS(RuleOptimizer):
+    """SGD with momentum, each step at most `max_unorm` times as long as the parameter."""
+
+    _bits: int | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+    ) -> None:
+        _refuse({"dampening": dampening, "nesterov": nesterov})
+        if momentum == 0:
+            raise NotImplementedError("LARS without momentum is not available: pass momentum=0.9")
+        bits, betas = self._bits or optim_bits, (momentum,)
+        options = (betas, 0.0, weight_decay, 0.0, bits, min_8bit_size, max_unorm)
+        super().__init__(params, "lars", lr, *options)
+
+
+class LAMB(RuleOptimizer):
+    """AdamW, each step at most `max_unorm` times as long as the parameter."""
+
+    _bits: int | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+    ) -> None:
+        _refuse({"amsgrad": amsgrad})
+        if not (bias_correction and adam_w_mode):
+            raise NotImplementedError("LAMB is available with bias_correction and adam_w_mode only")
+        bits = self._bits or optim_bits
+        options = (betas, eps, weight_decay, 0.0, bits, min_8bit_size, max_unorm)
+        super().__init__(params, "lamb", lr, *options)
+
+
 class RMSprop(RuleOptimizer):
     """RMSprop; a weight decay is added to the gradient."""
 
@@ -137,6 +191,8 @@ def _with_bits(cls: type[RuleOptimizer], bits: int) -> Any:
 
 
 SGD32bit, SGD8bit = _with_bits(SGD, 32), _with_bits(SGD, 8)
+LARS32bit, LARS8bit = _with_bits(LARS, 32), _with_bits(LARS, 8)
+LAMB32bit, LAMB8bit = _with_bits(LAMB, 32), _with_bits(LAMB, 8)
 RMSprop32bit, RMSprop8bit = _with_bits(RMSprop, 32), _with_bits(RMSprop, 8)
 Adagrad32bit, Adagrad8bit = _with_bits(Adagrad, 32), _with_bits(Adagrad, 8)
 Lion32bit, Lion8bit = _with_bits(Lion, 32), _with_bits(Lion, 8)
