@@ -72,7 +72,8 @@ def test_what_is_saved_is_what_bitsandbytes_saves(
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes==0.50.2")
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     program = str(HERE / "bitsandbytes_program.py")
-    done = run(program, "quantize", str(dense), str(tmp_path), json.dumps(options))
+    jobs = json.dumps([["quantize", str(dense), str(tmp_path), options]])
+    done = run(program, jobs, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     mine = load_file(seen["folder"] / "model.safetensors")
     theirs = load_file(tmp_path / "model.safetensors")
