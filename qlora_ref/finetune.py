@@ -1,7 +1,7 @@
 """The training loop: a 4-bit base, adapters, and the optimizer of the adapters.
 
 Source: QLoRA (arXiv 2305.14314); the defaults are those of its Appendix B where they do not depend
-on the size of the model. Read next: cli.py shows how it is called.
+on the size of the model. Read next: cli/finetune.py shows how it is called.
 """
 
 from __future__ import annotations

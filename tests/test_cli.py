@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_ref.cli import _parse_targets, main
+from qlora_ref.cli import main
+from qlora_ref.cli.finetune import _parse_targets
 from qlora_ref.dispatch import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
