@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow sanitize count-instructions bench lint clean
+.PHONY: demo test test-slow sanitize count-instructions bench docs lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -36,6 +36,11 @@ bench: .venv/test/installed
 	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[bench]'
 	for benchmark in benchmarks/bench_*.py; do .venv/test/bin/python $$benchmark || exit 1; done
 
+# The documentation, in build/site. It is read without a network: no page may load from elsewhere.
+docs: .venv/docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
+
 lint: .venv/test/installed
 	.venv/test/bin/ruff check .
 	.venv/test/bin/ruff format --check .
@@ -53,6 +58,11 @@ lint: .venv/test/installed
 .venv/test/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv/test
 	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+.venv/docs/installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv .venv/docs
+	QLORA_REF_BUILD_CUDA=0 .venv/docs/bin/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

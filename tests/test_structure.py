@@ -55,7 +55,7 @@ def modules() -> list[Path]:
 
 
 def python_files() -> list[Path]:
-    folders = ("qlora_ref", "kernels", "benchmarks", "tests")
+    folders = ("qlora_ref", "kernels", "benchmarks", "tests", "docs")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
