@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow sanitize count-instructions bench docs lint clean
+.PHONY: demo test test-slow sanitize count-instructions bench docs study lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -40,6 +40,10 @@ bench: .venv/test/installed
 docs: .venv/docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
+
+# What QLoRA's claims come to: docs/study.md and its figures.
+study: .venv/test/installed
+	.venv/test/bin/qlora-ref study --output docs
 
 lint: .venv/test/installed
 	.venv/test/bin/ruff check .

@@ -32,7 +32,7 @@ LAYERS = [
     {"lora", "evaluate"},
     {"convert", "memory", "adapter", "checkpoint"},
     {"models", "training_state", "plots"},
-    {"finetune", "inspection", "merging", "doctor"},
+    {"finetune", "inspection", "merging", "doctor", "study"},
     {"cli", "integrations"},
     {"stand_in"},
     {"as_bitsandbytes"},

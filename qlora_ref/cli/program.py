@@ -13,8 +13,9 @@ from qlora_ref.cli.finetune import finetune
 from qlora_ref.cli.inspect import inspect
 from qlora_ref.cli.merge import merge
 from qlora_ref.cli.options import messages
+from qlora_ref.cli.study import study
 
-COMMANDS = (finetune, evaluate, merge, inspect, doctor)
+COMMANDS = (finetune, evaluate, merge, inspect, study, doctor)
 
 app = typer.Typer(
     no_args_is_help=True,
