@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class PagedState:
             sum(sizes),
             streamed,
             tier.resident_bytes,
-            replace(tier.counters),
+            tier.count(),
         )
 
     def free(self) -> None:

@@ -33,11 +33,23 @@ class Stream:
 class Event:
     """The point in a stream's work at which it was recorded."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.position = stream, len(stream.work)
+    def __init__(self, stream: Stream, clock: Clock) -> None:
+        self.stream, self.time = stream, None
+
+        def happened() -> None:
+            self.time = clock.now
+
+        stream.work.append(happened)
+        self.position = len(stream.work)
 
     def happen(self) -> None:
         self.stream.run(self.position)
+
+
+class Clock:
+    """Time passes when something moves: a second a byte."""
+
+    now = 0.0
 
 
 class RecordingCuda:
@@ -50,7 +62,7 @@ class RecordingCuda:
         self.freed: set[int] = set()
         self.on_device_now: dict[int, bool] = {}
         self.most_on_device = 0
-        self.compute, self.streams = Stream("compute"), []
+        self.compute, self.streams, self.clock = Stream("compute"), [], Clock()
 
     def has_managed_memory(self) -> bool:
         return self.managed
@@ -86,6 +98,7 @@ class RecordingCuda:
             stream.follows_compute = False
 
         def moved() -> None:
+            self.clock.now += nbytes
             self.log.append(("in" if to_device else "out", address, nbytes, stream.name))
             self.on_device_now[address] = to_device
             there = sum(len(self.memory[a]) for a, here in self.on_device_now.items() if here)
@@ -112,6 +125,7 @@ class RecordingCuda:
         assert target.shape == source.shape
 
         def copied() -> None:
+            self.clock.now += target.numel()
             self.log.append(("copy", target.numel(), stream.name))
             target.copy_(source)
 
@@ -122,10 +136,13 @@ class RecordingCuda:
         return self.streams[-1]
 
     def record(self, stream: Stream | None) -> Event:
-        return Event(stream or self.compute)
+        event = Event(stream or self.compute, self.clock)
+        if stream is None:  # what computes is the host itself, which is there already
+            event.happen()
+        return event
 
     def wait(self, stream: Stream | None, event: Event) -> None:
-        if stream is None:  # what computes is the host itself, which does it now
+        if stream is None:
             event.happen()
         else:
             stream.work.append(event.happen)
@@ -133,6 +150,10 @@ class RecordingCuda:
 
     def is_done(self, event: Event) -> bool:
         return event.stream.done >= event.position
+
+    def seconds(self, first: Event, second: Event) -> float:
+        assert self.is_done(first) and self.is_done(second)
+        return second.time - first.time
 
     def synchronize(self) -> None:
         for stream in self.streams:

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from qlora_ref.paging.cuda_calls import CudaCalls
 
 
 @dataclass
@@ -67,6 +70,51 @@ class Clock:
             yield
         finally:
             self._counters.stalled_seconds += time.perf_counter() - began
+
+
+class StreamClock:
+    """As Clock, for what a device does: between events, read when the device has come past them."""
+
+    def __init__(self, calls: CudaCalls, counters: Counters) -> None:
+        self._calls, self._counters = calls, counters
+        self._transfers: list[tuple[Any, Any]] = []
+        self._stalls: list[tuple[Any, Any]] = []
+
+    def transfer(self, begin: Any, end: Any) -> None:
+        """One transfer lies between these events."""
+        self._transfers.append((begin, end))
+
+    def stall(self, begin: Any, end: Any) -> None:
+        """The stream that computes may wait between these events."""
+        self._stalls.append((begin, end))
+
+    def settle(self) -> None:
+        """Add what has happened to the counters."""
+        waits = _take_done(self._calls, self._stalls)
+        self._counters.stalled_seconds += sum(self._calls.seconds(*wait) for wait in waits)
+        transfers = _take_done(self._calls, self._transfers)
+        if transfers:
+            zero = transfers[0][0]
+            times = [[self._calls.seconds(zero, event) for event in both] for both in transfers]
+            self._counters.busy_seconds += _covered(times)
+
+
+def _take_done(calls: CudaCalls, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    done: list[tuple[Any, Any]] = []
+    rest: list[tuple[Any, Any]] = []
+    for pair in pairs:
+        (done if calls.is_done(pair[1]) else rest).append(pair)
+    pairs[:] = rest
+    return done
+
+
+def _covered(intervals: list[list[float]]) -> float:
+    """The length of the union of intervals."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 @dataclass(frozen=True)

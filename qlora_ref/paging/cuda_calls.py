@@ -1,7 +1,8 @@
 """The calls that paging on a GPU makes, in one table: tests put a recording stand-in in its place.
 
-Managed memory comes from the driver's library, by the names that every driver since CUDA 8 has;
-everything else is torch.cuda.
+Managed memory comes from the driver's library, by the names that every driver since CUDA 8 has, in
+the form that they had then: CUDA 13 gave cuMemAdvise and cuMemPrefetchAsync another form in its
+header, but under the names cuMemAdvise_v2 and cuMemPrefetchAsync_v2. Everything else is torch.cuda.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ _PREFER_LOCATION = 3  # CU_MEM_ADVISE_SET_PREFERRED_LOCATION
 _ACCESSED_BY = 5  # CU_MEM_ADVISE_SET_ACCESSED_BY
 _HOST = -1  # CU_DEVICE_CPU
 _CONCURRENT_MANAGED_ACCESS = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
+
+# The driver's functions, all of which return a CUresult; a CUdeviceptr is 64 bits wide.
+_int, _size, _address = ctypes.c_int, ctypes.c_size_t, ctypes.c_uint64
+_PROTOTYPES: dict[str, tuple[Any, ...]] = {
+    "cuDevicePrimaryCtxRetain": (ctypes.POINTER(ctypes.c_void_p), _int),
+    "cuCtxSetCurrent": (ctypes.c_void_p,),
+    "cuDeviceGetAttribute": (ctypes.POINTER(_int), _int, _int),
+    "cuGetErrorString": (_int, ctypes.POINTER(ctypes.c_char_p)),
+    "cuMemAllocManaged": (ctypes.POINTER(_address), _size, ctypes.c_uint),
+    "cuMemFree_v2": (_address,),
+    "cuMemAdvise": (_address, _size, _int, _int),
+    "cuMemPrefetchAsync": (_address, _size, _int, ctypes.c_void_p),
+}
 
 
 class CudaCalls(Protocol):
@@ -62,6 +76,9 @@ class CudaCalls(Protocol):
     def is_done(self, event: Any) -> bool:
         """Whether the event has happened."""
 
+    def seconds(self, first: Any, second: Any) -> float:
+        """The time between two events that have happened; negative if the second came first."""
+
     def synchronize(self) -> None:
         """Wait until the device has done everything."""
 
@@ -72,38 +89,34 @@ class TorchCuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._index = torch.cuda.current_device() if device.index is None else device.index
-        torch.empty(1, device=device)  # makes the context that the driver's calls work in
+        torch.cuda.init()
 
     def has_managed_memory(self) -> bool:
         """See CudaCalls."""
         found = ctypes.c_int()
-        attribute = ctypes.c_int(_CONCURRENT_MANAGED_ACCESS)
-        device = ctypes.c_int(self._index)
-        self._call("cuDeviceGetAttribute", ctypes.byref(found), attribute, device)
+        attribute = _CONCURRENT_MANAGED_ACCESS
+        self._call("cuDeviceGetAttribute", ctypes.byref(found), attribute, self._index)
         return bool(found.value)
 
     def allocate_managed(self, nbytes: int) -> int:
         """See CudaCalls."""
-        address = ctypes.c_uint64()
-        size = ctypes.c_size_t(nbytes)
-        self._call("cuMemAllocManaged", ctypes.byref(address), size, ctypes.c_uint(_ATTACH_GLOBAL))
+        address = _address()
+        self._call("cuMemAllocManaged", ctypes.byref(address), nbytes, _ATTACH_GLOBAL)
         return address.value
 
     def free_managed(self, address: int) -> None:
         """See CudaCalls."""
-        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        self._call("cuMemFree_v2", address)
 
     def advise(self, address: int, nbytes: int) -> None:
         """See CudaCalls."""
-        for advice, place in ((_PREFER_LOCATION, _HOST), (_ACCESSED_BY, self._index)):
-            region = ctypes.c_uint64(address), ctypes.c_size_t(nbytes)
-            self._call("cuMemAdvise", *region, ctypes.c_int(advice), ctypes.c_int(place))
+        self._call("cuMemAdvise", address, nbytes, _PREFER_LOCATION, _HOST)
+        self._call("cuMemAdvise", address, nbytes, _ACCESSED_BY, self._index)
 
     def move(self, address: int, nbytes: int, to_device: bool, stream: Any) -> None:
         """See CudaCalls."""
-        place = ctypes.c_int(self._index if to_device else _HOST)
-        region = ctypes.c_uint64(address), ctypes.c_size_t(nbytes)
-        self._call("cuMemPrefetchAsync", *region, place, ctypes.c_void_p(stream.cuda_stream))
+        place = self._index if to_device else _HOST
+        self._call("cuMemPrefetchAsync", address, nbytes, place, stream.cuda_stream)
 
     def as_tensor(self, address: int, nbytes: int) -> Tensor:
         """See CudaCalls."""
@@ -128,7 +141,9 @@ class TorchCuda:
 
     def record(self, stream: Any) -> Any:
         """See CudaCalls."""
-        return (stream or torch.cuda.current_stream(self._device)).record_event()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream or torch.cuda.current_stream(self._device))
+        return event
 
     def wait(self, stream: Any, event: Any) -> None:
         """See CudaCalls."""
@@ -138,18 +153,19 @@ class TorchCuda:
         """See CudaCalls."""
         return bool(event.query())
 
+    def seconds(self, first: Any, second: Any) -> float:
+        """See CudaCalls."""
+        return 1e-3 * float(first.elapsed_time(second))
+
     def synchronize(self) -> None:
         """See CudaCalls."""
         torch.cuda.synchronize(self._device)
 
     def _call(self, name: str, *arguments: Any) -> None:
+        """Call the driver, whatever thread this is: a new one has no context yet."""
         with torch.cuda.device(self._index):
-            status = getattr(_driver(), name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            _driver().cuGetErrorString(status, ctypes.byref(text))
-            what = f"{name}: {(text.value or b'unknown error').decode()} ({status})"
-            raise (MemoryError if name == "cuMemAllocManaged" else RuntimeError)(what)
+            _call("cuCtxSetCurrent", _context(self._index))
+            _call(name, *arguments)
 
 
 class _DeviceArray:
@@ -166,4 +182,24 @@ class _DeviceArray:
 
 @functools.cache
 def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, types in _PROTOTYPES.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+@functools.cache
+def _context(index: int) -> ctypes.c_void_p:
+    """The context of a device that torch works in too; kept until the process ends."""
+    context = ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+    return context
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        what = f"{name}: {(text.value or b'unknown error').decode()} ({status})"
+        raise (MemoryError if name == "cuMemAllocManaged" else RuntimeError)(what)

@@ -14,12 +14,12 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from qlora_ref.paging.counters import Counters
+from qlora_ref.paging.counters import Counters, StreamClock
 from qlora_ref.paging.cuda_calls import CudaCalls
 from qlora_ref.paging.tier import Tier, page_size
 
@@ -50,6 +50,7 @@ class _StreamTier(Tier):
     def __init__(self, calls: CudaCalls, resident_bytes: int) -> None:
         self._calls = calls
         self.counters = Counters()
+        self._clock = StreamClock(calls, self.counters)
         self.resident_bytes = resident_bytes
         self.page_bytes = page_size(resident_bytes)
         slots = resident_bytes // self.page_bytes
@@ -86,7 +87,9 @@ class _StreamTier(Tier):
         if not entry.stays:
             with self._lock:
                 self._bring(entry)
-            self._calls.wait(None, entry.arrived)
+                before = self._calls.record(None)
+                self._calls.wait(None, entry.arrived)
+                self._clock.stall(before, self._calls.record(None))
         assert entry.data is not None
         return entry.data[: entry.nbytes]
 
@@ -99,11 +102,23 @@ class _StreamTier(Tier):
             self._calls.wait(self._outward, self._calls.record(None))
             self._calls.wait(self._outward, entry.arrived)  # which a step that skips it does not
             entry.written |= changed
+            begin = self._calls.record(self._outward)
             self._take_out(entry, changed)
             entry.left = entry.slot.left = self._calls.record(self._outward)
+            self._clock.transfer(begin, entry.left)
             self._slots.append(entry.slot)
             entry.slot = None
             self._pump()
+
+    def begin(self) -> None:
+        """See Tier."""
+        with self._lock:
+            self._clock.settle()
+
+    def count(self) -> Counters:
+        """See Tier."""
+        self.begin()
+        return replace(self.counters)
 
     def _has_slots(self) -> bool:
         return bool(self._slots) or any(page.slot is not None for page in self._pages)
@@ -111,7 +126,7 @@ class _StreamTier(Tier):
     def _bring(self, page: _Page) -> None:
         started = page.slot is not None
         if not started:
-            self._queue.insert(0, page)
+            self._queue = [page, *(other for other in self._queue if other is not page)]
             if not self._slots:
                 self._make_room()
             self._pump()
@@ -135,9 +150,11 @@ class _StreamTier(Tier):
             for event in (slot.left, page.left):
                 if event is not None:
                     self._calls.wait(self._inward, event)
+            begin = self._calls.record(self._inward)
             self._bring_in(page, slot)
             self.counters.bytes_in += page.nbytes if page.written else 0
             page.arrived = self._calls.record(self._inward)
+            self._clock.transfer(begin, page.arrived)
 
 
 class UnifiedTier(_StreamTier):
@@ -158,23 +175,25 @@ class UnifiedTier(_StreamTier):
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """See Tier."""
-        first, new = len(self._pages), []
+        first = len(self._pages)
+        room = self._room_to_stay - sum(page.stays for page in self._pages)
+        new: list[_Page] = []
+        addresses: list[int] = []
         try:
-            for size in sizes:
-                new.append(self._calls.allocate_managed(size))
-        except MemoryError as error:
-            _free_managed(self._calls, new)
+            for number, size in enumerate(sizes):
+                addresses.append(self._calls.allocate_managed(size))
+                data = self._calls.as_tensor(addresses[-1], size)
+                new.append(_Page(size, addresses[-1], data, stays=number < room))
+                if number >= room:
+                    self._calls.advise(addresses[-1], size)
+        except (MemoryError, RuntimeError) as error:
+            _free_managed(self._calls, addresses)
             text = f"no managed memory for {sum(sizes):,} bytes of optimizer state"
             raise MemoryError(f"{text} ({error}); nothing has changed") from error
-        self._addresses += new
-        room = self._room_to_stay - sum(page.stays for page in self._pages)
-        for number, (size, address) in enumerate(zip(sizes, new)):
-            data, stays = self._calls.as_tensor(address, size), number < room
-            self._pages.append(_Page(size, address, data, stays=stays))
-            if not stays:
-                self._calls.advise(address, size)
-        if not self._has_slots() and any(not page.stays for page in self._pages):
+        if len(new) > room and not self._has_slots():
             self._slots = [_Slot() for _ in range(self._room_to_stream)]
+        self._addresses += addresses
+        self._pages += new
         return list(range(first, len(self._pages)))
 
     def free(self) -> None:
@@ -205,7 +224,7 @@ class PinnedTier(_StreamTier):
         """See Tier."""
         first = len(self._pages)
         room = self._room_to_stay - sum(page.stays for page in self._pages)
-        streamed = sizes[max(0, room) :]
+        streamed = sizes[room:]
         try:
             staying = [
                 _Page(size, None, self._calls.on_device(size), stays=True) for size in sizes[:room]

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,10 @@ class FileTier(Tier):
             for page in self._in_step:
                 self._release(page)
             self._in_step.clear()
+
+    def count(self) -> Counters:
+        """See Tier."""
+        return replace(self.counters)
 
     def free(self) -> None:
         """See Tier."""

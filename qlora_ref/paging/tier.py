@@ -35,7 +35,6 @@ class Tier(ABC):
     mode: str
     page_bytes: int  # no page is larger
     resident_bytes: int  # what all pages together may occupy in the fast memory
-    counters: Counters
     # Where the old values of parameters go, so that a step can be undone; None: it cannot be.
     undo_directory: Path | None = None
 
@@ -73,6 +72,10 @@ class Tier(ABC):
 
     def rollback(self) -> None:  # noqa: B027
         """Nothing since `begin` counts: streamed pages are as they were then, if the tier can."""
+
+    @abstractmethod
+    def count(self) -> Counters:
+        """What was moved so far, and how long that took; times of what is under way are missing."""
 
     @abstractmethod
     def free(self) -> None:
