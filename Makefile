@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow sanitize count-instructions bench docs study lint clean
+.PHONY: demo test test-slow sanitize count-instructions bench docs study pictures lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -44,6 +44,10 @@ docs: .venv/docs/installed
 # What QLoRA's claims come to: docs/study.md and its figures.
 study: .venv/test/installed
 	.venv/test/bin/qlora-ref study --output docs
+
+# The pictures in docs/ that need no measurement.
+pictures: .venv/test/installed
+	.venv/test/bin/python -m qlora_ref.plots docs/pictures
 
 lint: .venv/test/installed
 	.venv/test/bin/ruff check .
