@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from qlora_ref import tensor_format
 from qlora_ref.files import written_aside
-from qlora_ref.linear import Embedding4bit, Linear4bit, dense_parameters, is_conv1d
-from qlora_ref.lora import lora_layers, replace_module
-from qlora_ref.module4bit import Module4bit, layers_4bit
+from qlora_ref.linear import is_conv1d
+from qlora_ref.lora import lora_layers
+from qlora_ref.module4bit import layers_4bit
+from qlora_ref.parameter4bit import Parameter4bit
+from qlora_ref.places import install
 from qlora_ref.quantized import QuantizedTensor
 
 INDEX = "model.safetensors.index.json"
@@ -66,7 +68,10 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
                 raise ValueError(f"{file}: {name} is in {seen[name]}, too")
             seen[name] = file
             if isinstance(tensor, QuantizedTensor):
-                _install(model, name, tensor, file)
+                try:
+                    install(model, name, tensor)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from error
             else:
                 _copy(model, name, tensor, file)
             missing.discard(name)
@@ -171,40 +176,6 @@ def _keys_of(name: str, keys: list[str]) -> list[str]:
     return [key for key in keys if key == name or key.startswith(f"{name}.")]
 
 
-def _install(model: nn.Module, name: str, weight: QuantizedTensor, file: Path) -> None:
-    module_name, _, parameter = name.rpartition(".")
-    try:
-        old = model.get_submodule(module_name)
-    except AttributeError as error:
-        raise ValueError(f"{file}: {name} belongs to no module of the model") from error
-    layer = layer_for(old)
-    if layer is None or parameter != "weight":
-        raise ValueError(
-            f"{file}: {name} is in 4 bits, but the model has a {type(old).__name__} there"
-        )
-    if layer.weight_shape != weight.shape:
-        raise ValueError(
-            f"{file}: {name} must have shape {tuple(layer.weight_shape)}, got {tuple(weight.shape)}"
-        )
-    layer.set_quantized_weight(weight.to(old.weight.device))  # type: ignore[arg-type]
-    if layer is not old:
-        replace_module(model, module_name, layer.train(old.training))
-
-
-def layer_for(old: nn.Module) -> Module4bit | None:
-    """A 4-bit layer without a weight yet for the place of this one; None if there is no such."""
-    if isinstance(old, Module4bit):
-        return old
-    if isinstance(old, nn.Linear) or is_conv1d(old):  # a Conv1D's is stored as (N, K), too
-        weight, bias = dense_parameters(old)
-        layer = Linear4bit(weight.shape[1], weight.shape[0], device="meta")
-        layer.bias = bias  # type: ignore[assignment]
-        return layer
-    if isinstance(old, nn.Embedding):
-        return Embedding4bit(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta")
-    return None
-
-
 def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
     module_name, _, leaf = key.rpartition(".")
     try:
@@ -276,7 +247,9 @@ def quantization_config(
     layers = layers_4bit(model)
     first = next(iter(layers.values()))
     names = {layer.codebook_name for layer in layers.values()}
-    if not names <= set(tensor_format.SHARED_WITH_BITSANDBYTES):
+    # What bitsandbytes' quantiser for transformers does not read must not be taken for its own.
+    experts = any(isinstance(layer, Parameter4bit) for layer in layers.values())
+    if experts or not names <= set(tensor_format.SHARED_WITH_BITSANDBYTES):
         ours: dict[str, Any] = {"quant_method": "qlora_ref", "codebooks": sorted(names)}
         return ours if compute_dtype is None else {**ours, "compute_dtype": _name(compute_dtype)}
     dense = [

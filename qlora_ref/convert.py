@@ -1,4 +1,4 @@
-"""Put 4-bit layers into any model, and say for every module what was done and why.
+"""Put 4-bit weights into any model, and say for every module what was done and why.
 
 Read next: lora.py, finetune.py.
 """
@@ -9,6 +9,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,16 @@ from qlora_ref.codebooks import resolve_codebook
 from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
 from qlora_ref.lora import is_output_head, replace_module
 from qlora_ref.module4bit import Module4bit
+from qlora_ref.parameter4bit import is_expert_tensor
+from qlora_ref.places import described, find, install, own_bytes
+from qlora_ref.quantized import quantize
+
+LINEAR, EXPERTS = "linear layer", "experts in one tensor"  # why something was converted
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one module that holds parameters of its own, and why."""
+    """What became of one module that holds parameters, or of one tensor of experts, and why."""
 
     name: str
     kind: str
@@ -35,13 +41,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_model` did: one `Decision` for every module that holds parameters."""
+    """What `convert_model` did: a `Decision` for everything that holds parameters."""
 
     decisions: list[Decision]
 
     @property
     def converted(self) -> list[str]:
-        """Names of the layers that are now in 4 bits."""
+        """Names of the layers and of the tensors of experts that are now in 4 bits."""
         return [decision.name for decision in self.decisions if decision.converted]
 
     @property
@@ -52,7 +58,10 @@ class ConversionReport:
     def __str__(self) -> str:
         before = sum(d.bytes_before for d in self.decisions if d.converted)
         after = sum(d.bytes_after for d in self.decisions if d.converted)
-        lines = [f"{len(self.converted)} layers to 4 bits: {before:,} to {after:,} bytes"]
+        experts = sum(d.reason == EXPERTS for d in self.decisions)
+        what = f"{len(self.converted) - experts} layers"
+        what += f" and {experts} tensors of experts" if experts else ""
+        lines = [f"{what} to 4 bits: {before:,} to {after:,} bytes"]
         reasons = Counter((d.kind, d.reason) for d in self.decisions if not d.converted)
         lines += [f"kept {count} {kind}: {why}" for (kind, why), count in reasons.items()]
         return "\n".join(lines)
@@ -66,14 +75,15 @@ def convert_model(
     compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] = (),
 ) -> ConversionReport:
-    """Replace a model's linear layers by Linear4bit, in place, one at a time.
+    """Put the weights of a model's linear layers and experts into 4 bits, in place, one at a time.
 
-    Converted are nn.Linear and GPT-2's Conv1D. Kept, whatever `skip` says, are the output head
+    Converted are nn.Linear and GPT-2's Conv1D, to Linear4bit, and tensors of three dimensions in a
+    module of experts (parameter4bit.py). Kept, whatever `skip` says, are the output head
     (lm_head), weights that are tied to another module, modules that transformers keeps in float32,
     subclasses of nn.Linear (whose owners may read the weight), and everything else.
 
-    skip     names of modules to keep as well: a full name, the end of one ("q_proj"), or a pattern
-             with * and ?; what lies below a skipped module is kept too
+    skip     names of modules or of tensors of experts to keep as well: a full name, the end of one
+             ("q_proj"), or a pattern with * and ?; what lies below a skipped module is kept too
     codebook, block_size, double_quant, compute_dtype: as for `Linear4bit`
     returns  ConversionReport; print it, or read `.kept` for what was not converted
 
@@ -89,28 +99,46 @@ def convert_model(
     if not names:
         raise ValueError(_nothing_message(model, reasons))
     for name in names:
-        _check_finite(name, dense_parameters(model.get_submodule(name))[0])
+        _check_finite(name, _weight_of(model, name))
+    before = {name: described(model, name) for name in reasons}
     decisions = []
     for name, reason in reasons.items():
-        before = model.get_submodule(name)
-        kind, shape, size = type(before).__name__, weight_shape(before), own_bytes(before)
+        kind, shape, size = before[name]
         if reason is None:
-            after = Linear4bit.from_linear(
-                before, codebook, block_size, double_quant, compute_dtype
-            )
-            replace_module(model, name, after)
-            del before  # the dense weight goes before the next one is quantised
-            size_after = own_bytes(after)
-            decisions.append(Decision(name, kind, shape, True, "linear layer", size, size_after))
+            options = codebook, block_size, double_quant
+            what = _convert(model, name, options, compute_dtype)
+            after = own_bytes(find(model, name))
+            decisions.append(Decision(name, kind, shape, True, what, size, after))
         else:
             decisions.append(Decision(name, kind, shape, False, reason, size, size))
     return ConversionReport(decisions)
 
 
+def _convert(
+    model: nn.Module, name: str, options: tuple[Any, int, bool], compute_dtype: torch.dtype | None
+) -> str:
+    """Convert what has this name; returns what it is. Nothing refers to the dense weight then."""
+    dense = find(model, name)
+    if isinstance(dense, nn.Module):
+        layer = Linear4bit.from_linear(dense, *options, compute_dtype)
+        replace_module(model, name, layer)
+        return LINEAR
+    install(model, name, quantize(dense.detach(), *options))
+    return EXPERTS
+
+
 def reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | None]:
-    """For every module with parameters of its own: why it is kept, or None to convert it."""
-    names = [name for name, m in model.named_modules() if any(True for _ in m.parameters(False))]
-    everything = [name for name, _ in model.named_modules()]
+    """For all that holds parameters of its own: why it is kept, or None to convert it.
+
+    Tensors of experts have entries of their own; a module has one if anything else is in it.
+    """
+    names = []
+    for name, module in model.named_modules():
+        own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
+        experts = [leaf for leaf in own if is_expert_tensor(module, leaf)]
+        names += [name] if len(own) > len(experts) else []
+        names += [f"{name}.{leaf}".removeprefix(".") for leaf in experts]
+    everything = [*names, *(name for name, _ in model.named_modules())]
     for pattern in skip:
         if not any(_matches(name, pattern) for name in everything):
             raise ValueError(f"skip={pattern!r} matches no module of the model; correct or drop it")
@@ -122,22 +150,25 @@ def reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | No
 
 
 def _reason_to_keep(model: nn.Module, name: str, skip: Sequence[str], tied: set[int]) -> str | None:
-    module = model.get_submodule(name)
+    found = find(model, name)
     pattern = next((p for p in skip if _matches_or_lies_below(name, p)), None)
     if pattern is not None:
         return f"skip={pattern!r}"
-    if isinstance(module, Module4bit):
+    if isinstance(found, Module4bit):
         return "in 4 bits already"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return _why_not_linear(module)
-    if is_output_head(model, name):
-        return "output head"
-    if any(id(parameter) in tied for parameter in module.parameters(recurse=False)):
+    parameters = [found] if isinstance(found, Tensor) else found.parameters(recurse=False)
+    if isinstance(found, nn.Module):
+        if type(found) is not nn.Linear and not is_conv1d(found):
+            return _why_not_linear(found)
+        if is_output_head(model, name):
+            return "output head"
+    if any(id(parameter) in tied for parameter in parameters):
         return "tied to another module"
     if any(_matches_or_lies_below(name, p) for p in _kept_in_float32(model)):
         return "the model keeps it in float32"
-    if module.weight.dtype not in FLOAT_DTYPES:
-        return f"weight is {module.weight.dtype}"
+    weight = _weight_of(model, name)
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"weight is {weight.dtype}"
     return "the model itself; use Linear4bit.from_linear" if name == "" else None
 
 
@@ -179,20 +210,6 @@ def _nothing_message(model: nn.Module, reasons: dict[str, str | None]) -> str:
     return f"nothing to convert in a {type(model).__name__}: no nn.Linear is left ({listed})"
 
 
-def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight or, where there is none, of its first parameter."""
-    weight = getattr(module, "weight", None)
-    tensor = weight if isinstance(weight, Tensor) else next(module.parameters(recurse=False))
-    return tuple(tensor.shape)
-
-
-def own_bytes(module: nn.Module) -> int:
-    """Bytes of a module's own parameters; of a weight in 4 bits, codes and scales."""
-    if isinstance(module, Module4bit):
-        bias = getattr(module, "bias", None)
-        return module.quantized_weight.nbytes + (0 if bias is None else _bytes(bias))
-    return sum(_bytes(parameter) for parameter in module.parameters(recurse=False))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _weight_of(model: nn.Module, name: str) -> Tensor:
+    found = find(model, name)
+    return found if isinstance(found, Tensor) else dense_parameters(found)[0]

@@ -14,6 +14,7 @@ from qlora_ref.linear import Linear4bit, dense_linear, is_conv1d
 from qlora_ref.lora import lora_layers, merge_lora, replace_module
 from qlora_ref.models import load_tokenizer
 from qlora_ref.module4bit import layers_4bit
+from qlora_ref.places import restore_experts
 
 
 def merge_to_directory(
@@ -45,7 +46,7 @@ def merge_to_directory(
 
 
 def _as_transformers_keeps_it(model: Any) -> Any:
-    """Restore the 4-bit layers that had no adapter, and lay out weights as the model's class does.
+    """Restore what is in 4 bits without an adapter, and lay out weights as the model's class does.
 
     GPT-2's Conv1D holds (K, N), where a merged layer is an nn.Linear with (N, K).
     """
@@ -53,6 +54,7 @@ def _as_transformers_keeps_it(model: Any) -> Any:
         if isinstance(layer, Linear4bit):
             weight = layer.dequantize(torch.float32)
             replace_module(model, name, dense_linear(weight, layer.bias, layer.training))
+    restore_experts(model, torch.float32)
     with torch.device("meta"):
         original = type(model)(model.config)
     for name, layer in original.named_modules():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora_ref.linear import Linear4bit, dense_linear
 from qlora_ref.lora import replace_module
+from qlora_ref.parameter4bit import parameter_4bit
 from qlora_ref.quantized import QuantizationError
 
 # Those that do not look at the base weight. Others start from the dense one.
@@ -123,6 +124,12 @@ def _create_new_module(
     lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
 ) -> Any:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    name = kwargs.get("parameter_name")
+    if name is not None and parameter_4bit(base, name) is not None:
+        raise NotImplementedError(  # PEFT would add its update to a restored copy, and keep adding
+            f"target_parameters: {name} is in 4 bits, and PEFT adapts dense parameters only: keep "
+            'it dense with skip=["experts"] when the model is quantised'
+        )
     if type(base) is not Linear4bit or isinstance(target, LoraLayer):
         return _peft_create_new_module(lora_config, adapter_name, target, **kwargs)
     lora_config.fan_in_fan_out = False  # true of a Conv1D; a Linear4bit in its place is (N, K)

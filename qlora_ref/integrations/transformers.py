@@ -22,13 +22,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from qlora_ref import tensor_format
-from qlora_ref.checkpoint import layer_for, quantization_config
+from qlora_ref.checkpoint import quantization_config
 from qlora_ref.checks import check_block_size
 from qlora_ref.codebooks import CODEBOOKS
-from qlora_ref.convert import ConversionReport, Decision, own_bytes, reasons_to_keep, weight_shape
+from qlora_ref.convert import EXPERTS, LINEAR, ConversionReport, Decision, reasons_to_keep
 from qlora_ref.linear import Linear4bit, dense_linear, is_conv1d
 from qlora_ref.lora import count_parameters, lora_layers, replace_module
-from qlora_ref.module4bit import layers_4bit
+from qlora_ref.module4bit import Module4bit, layers_4bit
+from qlora_ref.parameter4bit import Parameter4bit
+from qlora_ref.places import described, find, install, own_bytes, restore_experts
 from qlora_ref.quantized import QuantizedTensor, quantize
 
 QUANT_METHOD = "qlora_ref"
@@ -100,20 +102,13 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
     is_trainable = True
     quantized_element_size = 0.5  # bytes, where memory is planned
-    serialized_names = {
-        "weight": [
-            "weight",
-            *(f"weight.{key}" for key in tensor_format.SCALE_KEYS),
-            *(f"weight.{key}" for key in tensor_format.state_keys()),
-        ]
-    }
 
     def __init__(self, config: QLoRAConfig | BitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         foreign = isinstance(config, BitsAndBytesConfig)
         self.settings = QLoRAConfig.from_bitsandbytes(config) if foreign else config
         self.report: ConversionReport | None = None
-        self.quantized: dict[str, QuantizedTensor] = {}  # by module, while loading
+        self.quantized: dict[Module4bit, QuantizedTensor] = {}  # while loading
         self.errors: list[str] = []
         self._reasons: dict[str, str | None] = {}
         self._shapes: dict[str, tuple[str, tuple[int, ...], int]] = {}
@@ -127,15 +122,17 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         skip = () if self.pre_quantized else self.settings.skip
         self._reasons = reasons_to_keep(model, skip)
-        for name in self._reasons:
-            module = model.get_submodule(name)
-            described = type(module).__name__, weight_shape(module), own_bytes(module)
-            self._shapes[name] = described
+        self._shapes = {name: described(model, name) for name in self._reasons}
+        # A file has several tensors for one in 4 bits: names end like this, and in what follows it.
+        experts = {name for name in self._reasons if isinstance(find(model, name), Tensor)}
+        ends = {"weight", *(".".join(name.split(".")[-2:]) for name in experts)}
+        self.serialized_names = {end: _stored_names(end) for end in sorted(ends)}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor is a weight that goes to 4 bits."""
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and self._reasons.get(module, "") is None
+        names = (param_name, module) if leaf == "weight" else (param_name,)
+        return any(self._reasons.get(name, "") is None for name in names)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What quantises one weight as it is read."""
@@ -150,36 +147,44 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         """Put a 4-bit layer in the place of a dense one, with the weight that `make` gives."""
         # transformers would log an error and go on; it is raised when all tensors are read.
-        name = key.removesuffix(".weight")
         missing_keys.discard(key)
         try:
-            self.quantized[name] = _replace(model, name, make(), self.settings.compute_dtype)
+            weight = make()
+            layer = install(model, key, weight)
         except (TypeError, ValueError) as error:
             self.errors.append(f"{key}: {error}")
+            return
+        self.quantized[layer] = weight
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = self.settings.compute_dtype
+        for initialized in (layer, layer.weight):  # else transformers would fill it anew
+            initialized._is_hf_initialized = True  # type: ignore[union-attr, assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.errors:
             raise ValueError("; ".join(self.errors[:5]))
         # transformers has meanwhile replaced buffers that no file holds, our scales, by empty ones.
-        for name in list(self.quantized):
-            layers_4bit(model)[name].set_quantized_weight(self.quantized.pop(name))
+        for layer, weight in self.quantized.items():
+            layer.set_quantized_weight(weight)
+        self.quantized.clear()
         self.report = self._report(model)
         _act_as_4bit(model)
-        # Saving runs these conversions backwards; a 4-bit layer's state dict is as files have it.
+        # Saving runs these conversions backwards; what is in 4 bits stays as it is.
         conversions = getattr(model, "_weight_conversions", None) or []
-        kept = [c for c in conversions if not _has_deserialize(c)]
+        converted = self.report.converted
+        kept = [c for c in conversions if not _has_deserialize(c) and not _makes(c, converted)]
         model._weight_conversions = kept  # type: ignore[assignment]
         return model
 
     def _report(self, model: nn.Module) -> ConversionReport:
-        layers = layers_4bit(model)
         decisions = []
         for name, reason in self._reasons.items():
             kind, shape, before = self._shapes[name]
-            after = own_bytes(model.get_submodule(name))
-            converted = name in layers
-            why = "linear layer" if converted else reason or "not in 4 bits in the file"
-            decisions.append(Decision(name, kind, shape, converted, why, before, after))
+            found = find(model, name)
+            converted = isinstance(found, Module4bit)
+            what = EXPERTS if isinstance(found, Parameter4bit) else LINEAR
+            why = what if converted else reason or "not in 4 bits in the file"
+            decisions.append(Decision(name, kind, shape, converted, why, before, own_bytes(found)))
         return ConversionReport(decisions)
 
     def is_serializable(self) -> bool:
@@ -197,7 +202,9 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
             self.remove_quantization_config(model)
         return None, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = _dtype(dtype)  # a saved configuration has its name
+        restore_experts(model, dtype)
         for name, layer in layers_4bit(model).items():
             if not isinstance(layer, Linear4bit):
                 raise NotImplementedError(f"{name} is a {type(layer).__name__}, not a linear layer")
@@ -222,7 +229,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         settings = self.hf_quantizer.settings
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if is_conv1d(model.get_submodule(key.removesuffix(".weight"))):
+            if is_conv1d(model.get_submodule(key.rpartition(".")[0])):
                 weight = weight.t()
             options = settings.codebook, settings.block_size, settings.double_quant
             make = functools.partial(quantize, weight, *options)
@@ -240,16 +247,18 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
     def convert(
         self,
         input_dict: dict[str, Any],
+        target_patterns: Sequence[str] = (),
         full_layer_name: str = "",
         model: Any = None,
         missing_keys: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
-        if list(tensors) == ["weight"]:  # this one is dense
+        name = target_patterns[0]  # "weight", or the end of the name of a tensor of experts
+        if list(tensors) == [name]:  # this one is dense
             meant = model.get_parameter_or_buffer(full_layer_name)
-            return {"weight": tensors["weight"].to(meant.dtype)}
-        make = functools.partial(tensor_format.from_tensors, tensors, "weight")
+            return {name: tensors[name].to(meant.dtype)}
+        make = functools.partial(tensor_format.from_tensors, tensors, name)
         self.hf_quantizer.install(model, full_layer_name, missing_keys, make)
         return {}
 
@@ -294,27 +303,21 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _replace(
-    model: nn.Module, name: str, weight: QuantizedTensor, compute_dtype: torch.dtype | None
-) -> QuantizedTensor:
-    old = model.get_submodule(name)
-    layer = layer_for(old)
-    if layer is None or layer.weight_shape != weight.shape:
-        there = f"{type(old).__name__} of shape {weight_shape(old)}"
-        raise ValueError(
-            f"4-bit weight of shape {tuple(weight.shape)}, but the model has a {there}"
-        )
-    if isinstance(layer, Linear4bit):
-        layer.compute_dtype = compute_dtype
-    layer.set_quantized_weight(weight)
-    for initialized in (layer, layer.weight):  # else transformers would fill it anew
-        initialized._is_hf_initialized = True  # type: ignore[union-attr, assignment]
-    replace_module(model, name, layer.train(old.training))
-    return weight
+def _stored_names(name: str) -> list[str]:
+    keys = (*tensor_format.SCALE_KEYS, *tensor_format.state_keys())
+    return [name, *(f"{name}.{key}" for key in keys)]
 
 
 def _has_deserialize(conversion: Any) -> bool:
     return any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
+
+
+def _makes(conversion: Any, names: Sequence[str]) -> bool:
+    """Whether a conversion puts one of these tensors together."""
+    if not hasattr(conversion, "operations"):
+        return False
+    targets = conversion.target_patterns
+    return any(name.endswith(target) for name in names for target in targets)
 
 
 def _act_as_4bit(model: Any) -> None:
