@@ -74,6 +74,7 @@ def convert_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] = (),
+    scale_search: bool = False,
 ) -> ConversionReport:
     """Put the weights of a model's linear layers and experts into 4 bits, in place, one at a time.
 
@@ -84,14 +85,14 @@ def convert_model(
 
     skip     names of modules or of tensors of experts to keep as well: a full name, the end of one
              ("q_proj"), or a pattern with * and ?; what lies below a skipped module is kept too
-    codebook, block_size, double_quant, compute_dtype: as for `Linear4bit`
+    codebook, block_size, double_quant, compute_dtype, scale_search: as for `Linear4bit`
     returns  ConversionReport; print it, or read `.kept` for what was not converted
 
     Everything is checked before the first layer is touched. Raises ValueError if there is nothing
     to convert, if an entry of `skip` matches nothing, or if a weight is not finite (by name).
     """
-    resolve_codebook(codebook)
     check_block_size(block_size)
+    resolve_codebook(codebook, block_size)
     if isinstance(skip, str):
         raise TypeError(f"skip must be a list of names, got the string {skip!r}: write [{skip!r}]")
     reasons = reasons_to_keep(model, skip)
@@ -101,11 +102,16 @@ def convert_model(
     for name in names:
         _check_finite(name, _weight_of(model, name))
     before = {name: described(model, name) for name in reasons}
+    options = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "scale_search": scale_search,
+    }
     decisions = []
     for name, reason in reasons.items():
         kind, shape, size = before[name]
         if reason is None:
-            options = codebook, block_size, double_quant
             what = _convert(model, name, options, compute_dtype)
             after = own_bytes(find(model, name))
             decisions.append(Decision(name, kind, shape, True, what, size, after))
@@ -115,15 +121,15 @@ def convert_model(
 
 
 def _convert(
-    model: nn.Module, name: str, options: tuple[Any, int, bool], compute_dtype: torch.dtype | None
+    model: nn.Module, name: str, options: dict[str, Any], compute_dtype: torch.dtype | None
 ) -> str:
     """Convert what has this name; returns what it is. Nothing refers to the dense weight then."""
     dense = find(model, name)
     if isinstance(dense, nn.Module):
-        layer = Linear4bit.from_linear(dense, *options, compute_dtype)
+        layer = Linear4bit.from_linear(dense, compute_dtype=compute_dtype, **options)
         replace_module(model, name, layer)
         return LINEAR
-    install(model, name, quantize(dense.detach(), *options))
+    install(model, name, quantize(dense.detach(), **options))
     return EXPERTS
 
 

@@ -25,6 +25,7 @@ class Linear4bit(Module4bit, nn.Linear):
     codebook       a name of codebooks.CODEBOOKS, or up to 16 levels
     block_size     int     values per scale, even
     double_quant   bool    quantise the scales too
+    scale_search   bool    the scales with the least squared error in place of absmax
     compute_dtype  dtype that W is restored to and x is cast to; None: the autocast dtype, if
                    autocast is on, else the dtype of x. The result has the dtype of x, under
                    autocast the autocast dtype.
@@ -47,11 +48,12 @@ class Linear4bit(Module4bit, nn.Linear):
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        scale_search: bool = False,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.compute_dtype = compute_dtype
-        weight = self.weight.detach()
-        self.set_quantized_weight(quantize(weight, codebook, block_size, double_quant))
+        options = codebook, block_size, double_quant, True, scale_search
+        self.set_quantized_weight(quantize(self.weight.detach(), *options))
 
     @classmethod
     def from_linear(
@@ -61,6 +63,7 @@ class Linear4bit(Module4bit, nn.Linear):
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        scale_search: bool = False,
     ) -> Linear4bit:
         """Quantise a dense layer: nn.Linear, or GPT-2's Conv1D, whose weight is (K, N).
 
@@ -70,7 +73,8 @@ class Linear4bit(Module4bit, nn.Linear):
         weight, bias = dense_parameters(linear)
         rows, columns = weight.shape
         layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, device="meta")
-        layer.set_quantized_weight(quantize(weight.detach(), codebook, block_size, double_quant))
+        options = codebook, block_size, double_quant, True, scale_search
+        layer.set_quantized_weight(quantize(weight.detach(), *options))
         layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed
         return layer.train(linear.training)
 

@@ -182,7 +182,7 @@ def _read_codebook(state: dict[str, Any], levels: Tensor | None) -> tuple[str, T
     if levels is not None:
         check_table("quant_map", levels, CODES_4BIT)
     if name in CODEBOOKS:
-        codebook = resolve_codebook(name)[1]
+        codebook = resolve_codebook(name, _positive_int(state, "blocksize"))[1]
         # 1e-6 admits tables that another library computed or rounded a little differently.
         if levels is not None and not torch.allclose(levels.cpu(), codebook, rtol=0, atol=1e-6):
             raise ValueError(f"quant_map does not hold the levels of {name}")

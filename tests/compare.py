@@ -210,7 +210,8 @@ def random_weight(rows: int, columns: int, block_size: int, nested: bool = False
     blocks, codebook = -(-n // block_size), normal(16, seed=1)
     layout = (random_bytes((n + 1) // 2), codebook, block_size, (rows, columns))
     if not nested:
-        absmax = normal(blocks, seed=2).abs() + 0.1
+        absmax = normal(blocks, seed=2)  # of either sign, as BOF4-S has them
+        absmax += absmax.sign() / 10
         return Weight(layout[0], absmax, *layout[1:])
     nested_arguments = {
         "nested_absmax": normal(-(-blocks // NESTED_BLOCK_SIZE), seed=3).abs(),

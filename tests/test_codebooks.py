@@ -62,6 +62,7 @@ EXPECTED_MSE = {
     "fp4": 1.48705e-2,
     "nf3": 4.06379e-2,
     "nf2": 3.16423e-1,
+    "bof4": 7.9915e-3,
 }
 MSE_RELATIVE = 0.01
 
@@ -359,6 +360,15 @@ def test_order_of_a_user_codebook_changes_codes_but_no_value() -> None:
         packed, absmax = ops.quantize_4bit(x, table, 64)
         restored.append(ops.dequantize_4bit(packed, absmax, table, 64, x.shape))
     assert torch.equal(*restored)
+
+
+@pytest.mark.parametrize("name", codebooks.OPTIMAL_FLOATS)
+def test_levels_made_for_a_block_size_are_those_of_the_one_in_use(name: str) -> None:
+    bits, signed = codebooks.OPTIMAL_FLOATS[name]
+    for block_size in (64, 128):
+        expected = codebooks.optimal_codebook(bits, block_size, signed)
+        assert torch.equal(codebooks.resolve_codebook(name, block_size)[1], expected)
+    assert not torch.equal(expected, codebooks.CODEBOOKS[name]())
 
 
 @pytest.mark.parametrize("name", codebooks.CODEBOOKS)

@@ -32,9 +32,9 @@ SHAPES = ((), (0,), (0, 5), (1,), (63,), (64,), (65,), (7, 12), (3, 257), (2, 3,
 
 
 def quantised(shape: tuple, block_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random packed codes, and random scales: no quantiser is involved."""
+    """Random packed codes, and random scales of either sign: no quantiser is involved."""
     n = math.prod(shape)
-    absmax = normal(-(-n // block_size), seed=seed + 1).abs()
+    absmax = normal(-(-n // block_size), seed=seed + 1)
     return random_bytes((n + 1) // 2, seed=seed), absmax
 
 

@@ -19,12 +19,14 @@ MAX_FUNCTION_LINES = 40  # of statements, without docstring and signature; 5 to 
 
 # What each module may import of this package. A name stands for itself and all that is above it.
 LAYERS = [
+    {"optimal_float"},
     {"version", "codebooks", "packing", "files", "settings", "matmul_plan"},
     {"reference", "checks", "native_operations"},
     {"native"},
     {"dispatch"},
     {"torch_library"},
     {"ops"},
+    {"scales"},
     {"quantized"},
     {"tensor_format", "paging"},
     {"module4bit", "data", "paged"},
@@ -41,6 +43,7 @@ LAYERS = [
 # Imported inside a function, where the layers would otherwise form a ring.
 LATE = {("quantized", "tensor_format")}
 OUTSIDE = {
+    "optimal_float": {"torch"},
     "codebooks": {"torch"},
     "packing": {"torch"},
     "reference": {"torch"},

@@ -16,14 +16,26 @@ def nearest_codes(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     returns     codes   uint8 (n,)
                 absmax  float32 (ceil(n / block_size),)
     """
-    blocks = _blocks(x.flatten().float(), block_size)
+    blocks = split_blocks(x.flatten().float(), block_size)
     absmax = blocks.abs().amax(dim=1) if len(blocks) else blocks.new_empty(0)
+    return codes_under_scales(x, absmax, codebook, block_size), absmax
+
+
+def codes_under_scales(x: Tensor, scales: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+    """The code of each value under given scales: the level nearest to x / scale of its block.
+
+    x           float (any shape)
+    scales      float32 (ceil(n / block_size),)    of any sign
+    codebook    float32 (16,) or (256,)
+    returns     uint8 (n,)
+    """
+    blocks = split_blocks(x.flatten().float(), block_size)
     thresholds, codes = decision_thresholds(codebook)
     # bucketize counts the thresholds below a value, but puts a NaN above all of them. `x > t`
     # holds for no threshold then, here as in every kernel.
-    normalised = _normalise(blocks, absmax[:, None]).nan_to_num_(nan=-torch.inf)
+    normalised = normalise(blocks, scales[:, None]).nan_to_num_(nan=-torch.inf)
     positions = torch.bucketize(normalised.flatten()[: x.numel()], thresholds, out_int32=True)
-    return codes[positions], absmax
+    return codes[positions]
 
 
 def scale_blocks(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
@@ -33,10 +45,11 @@ def scale_blocks(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     absmax   float32 (ceil(n / block_size),)
     returns  float32 (n,)
     """
-    return (_blocks(levels, block_size) * absmax[:, None]).flatten()[: levels.numel()]
+    return (split_blocks(levels, block_size) * absmax[:, None]).flatten()[: levels.numel()]
 
 
-def _blocks(x: Tensor, block_size: int) -> Tensor:
+def split_blocks(x: Tensor, block_size: int) -> Tensor:
+    """The blocks of x (n,) as rows; a short last one is filled up with zeros."""
     # Zeros that fill up a short last block change no absmax and are cut off again. A lone block is
     # not filled up: its size may be anything.
     block_size = min(block_size, max(1, x.numel()))
@@ -46,7 +59,8 @@ def _blocks(x: Tensor, block_size: int) -> Tensor:
     return x.view(-1, block_size)
 
 
-def _normalise(blocks: Tensor, absmax: Tensor) -> Tensor:
+def normalise(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """The blocks, each divided by its scale: blocks (blocks, size) / absmax (blocks, 1)."""
     # One reciprocal a block and one product a value is what bitsandbytes does, and rounds
     # differently from a quotient. It overflows for absmax < 2^-128: there the quotient keeps the
     # block's shape. A zero block stays zero.
