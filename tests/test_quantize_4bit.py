@@ -127,7 +127,7 @@ def test_constant_block_takes_the_end_of_nf4(value: float, byte: int, device: st
     assert absmax.item() == np.float32(abs(value))
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**100, 2.0**-100])
+@pytest.mark.parametrize("scale", [1.0, 2.0**100, 2.0**-100, 2.0**-115])
 @pytest.mark.parametrize("name", TABLES)
 def test_exact_ties_go_to_the_lower_level(name: str, scale: float, device: str) -> None:
     table = TABLES[name]

@@ -120,8 +120,43 @@ inline Ints spread_to_lanes(const uint8_t* packed) {
   return _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));
 }
 
-inline __m128i round_to(Floats x, Bfloat16) { return round_to_bfloat16(x); }
-inline __m128i round_to(Floats x, Float16) { return round_to_float16(x); }
+// Sixteen bytes for _mm256_shuffle_epi8 to look up: one byte of each of sixteen values of 32 bits.
+class ByteTables {
+ public:
+  ByteTables(Ints first, Ints last) {
+    // In each half: the first bytes of 4 values, the second ones, and so on.
+    const Ints order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    first_ = _mm256_shuffle_epi8(first, order);
+    last_ = _mm256_shuffle_epi8(last, order);
+  }
+
+  template <int kByte>
+  Ints get() const {
+    const Ints joined =
+        kByte < 2 ? _mm256_unpacklo_epi32(first_, last_) : _mm256_unpackhi_epi32(first_, last_);
+    constexpr int kAt = kByte % 2 * 2;
+    return _mm256_permutevar8x32_epi32(
+        joined, _mm256_setr_epi32(kAt, kAt + 4, kAt + 1, kAt + 5, kAt, kAt + 4, kAt + 1, kAt + 5));
+  }
+
+ private:
+  Ints first_, last_;
+};
+
+// Thirty-two codes, one a byte: those of the bytes that `order` names, the even code first.
+inline Ints spread_to_bytes(const uint8_t* packed, Ints order) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const Ints words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), order);
+  return _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(words, 4), _mm256_slli_epi16(words, 8)),
+                          _mm256_set1_epi8(15));
+}
+
+// Bits of which the upper halves are x, rounded to 16 bits.
+inline Ints round_to_upper_half(Floats x, Bfloat16) { return round_in_place_to_bfloat16(x); }
+inline Ints round_to_upper_half(Floats x, Float16) {
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(round_to_float16(x)), 16);
+}
 
 // What the sixteen codes of a block stand for: one product and one rounding each. A shuffle looks
 // up bytes, so that the lower and the upper bytes of the levels are tables of their own.
@@ -131,27 +166,21 @@ class ScaledLevels {
   static constexpr int kVector = 32;
 
   ScaledLevels(const float* codebook, float scale) {
-    const __m128i first = round_to(load(codebook) * broadcast(scale), Value{});
-    const __m128i last = round_to(load(codebook + kLanes) * broadcast(scale), Value{});
-    const __m128i mask = _mm_set1_epi16(0xff);
-    low_ = _mm256_broadcastsi128_si256(
-        _mm_packus_epi16(_mm_and_si128(first, mask), _mm_and_si128(last, mask)));
-    high_ = _mm256_broadcastsi128_si256(
-        _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(last, 8)));
+    const ByteTables tables(
+        round_to_upper_half(load(codebook) * broadcast(scale), Value{}),
+        round_to_upper_half(load(codebook + kLanes) * broadcast(scale), Value{}));
+    low_ = tables.get<2>();
+    high_ = tables.get<3>();
   }
 
   // y[i] = what the i-th of kVector codes stands for.
   template <bool kStream>
   void restore(const uint8_t* packed, Value* y) const {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-    // To words, in the order that puts the values in order when bytes are interleaved below, which
-    // happens in each half of a vector.
+    // The order that puts the values in order when bytes are interleaved below, which happens in
+    // each half of a vector.
     const Ints order = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, -1, 4,
                                         -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1);
-    const Ints words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), order);
-    const Ints codes =
-        _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(words, 4), _mm256_slli_epi16(words, 8)),
-                         _mm256_set1_epi8(15));
+    const Ints codes = spread_to_bytes(packed, order);
     const Ints low = _mm256_shuffle_epi8(low_, codes), high = _mm256_shuffle_epi8(high_, codes);
     put<kStream>(y, _mm256_unpacklo_epi8(low, high));
     put<kStream>(y + 16, _mm256_unpackhi_epi8(low, high));
@@ -164,23 +193,37 @@ class ScaledLevels {
 template <>
 class ScaledLevels<float> {
  public:
-  static constexpr int kVector = 8;
+  static constexpr int kVector = 32;
 
-  ScaledLevels(const float* codebook, float scale)
-      : low_(load(codebook) * broadcast(scale)),
-        high_(load(codebook + kLanes) * broadcast(scale)) {}
+  ScaledLevels(const float* codebook, float scale) {
+    const ByteTables tables(bits_of(load(codebook) * broadcast(scale)),
+                            bits_of(load(codebook + kLanes) * broadcast(scale)));
+    tables_[0] = tables.get<0>();
+    tables_[1] = tables.get<1>();
+    tables_[2] = tables.get<2>();
+    tables_[3] = tables.get<3>();
+  }
 
-  // A permutation looks at 3 bits of a lane; the fourth, moved to the sign, chooses the table.
   template <bool kStream>
   void restore(const uint8_t* packed, float* y) const {
-    const Ints codes = spread_to_lanes(packed);
-    const Floats is_high = float_of(_mm256_slli_epi32(codes, 28));
-    put<kStream>(
-        y, bits_of(_mm256_blendv_ps(pick_lanes(low_, codes), pick_lanes(high_, codes), is_high)));
+    // As above: bytes are interleaved twice.
+    const Ints order = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, 2,
+                                        -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    const Ints codes = spread_to_bytes(packed, order);
+    Ints found[4];
+    for (int i = 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(tables_[i], codes);
+    const Ints low_first = _mm256_unpacklo_epi8(found[0], found[1]);
+    const Ints high_first = _mm256_unpacklo_epi8(found[2], found[3]);
+    const Ints low_last = _mm256_unpackhi_epi8(found[0], found[1]);
+    const Ints high_last = _mm256_unpackhi_epi8(found[2], found[3]);
+    put<kStream>(y, _mm256_unpacklo_epi16(low_first, high_first));
+    put<kStream>(y + 8, _mm256_unpackhi_epi16(low_first, high_first));
+    put<kStream>(y + 16, _mm256_unpacklo_epi16(low_last, high_last));
+    put<kStream>(y + 24, _mm256_unpackhi_epi16(low_last, high_last));
   }
 
  private:
-  Floats low_, high_;
+  Ints tables_[4];
 };
 
 #else
@@ -302,21 +345,27 @@ void pack_codes(const Ints (&codes)[kVectors], uint8_t* packed) {
   std::memcpy(packed, &gathered, kVectors * kLanes / 2);
 }
 
-// y[i] = what the i-th of `count` codes stands for; they begin with a whole byte.
-template <bool kStream = false, typename Value>
-void restore_codes(const ScaledLevels<Value>& levels, const uint8_t* packed, int64_t count,
-                   Value* y) {
+// As restore_codes, for fewer than kVector: out of line, since few blocks end so.
+template <typename Value>
+__attribute__((noinline)) void restore_few_codes(const ScaledLevels<Value>& levels,
+                                                 const uint8_t* packed, int64_t count, Value* y) {
   constexpr int kVector = ScaledLevels<Value>::kVector;
-  int64_t i = 0;
-  for (; i + kVector <= count; i += kVector) {
-    levels.template restore<kStream>(packed + i / 2, y + i);
-  }
-  if (i == count) return;
   uint8_t last[kVector / 2] = {};
   Value restored[kVector];
-  std::memcpy(last, packed + i / 2, (count - i + 1) / 2);
+  std::memcpy(last, packed, (count + 1) / 2);
   levels.template restore<false>(last, restored);
-  std::memcpy(y + i, restored, (count - i) * sizeof(Value));
+  std::memcpy(y, restored, count * sizeof(Value));
+}
+
+// y[i] = what the i-th of `count` codes stands for; they begin with a whole byte.
+template <bool kStream = false, typename Value>
+inline void restore_codes(const ScaledLevels<Value>& levels, const uint8_t* packed, int64_t count,
+                          Value* y) {
+  constexpr int kVector = ScaledLevels<Value>::kVector;
+  for (; count >= kVector; count -= kVector, packed += kVector / 2, y += kVector) {
+    levels.template restore<kStream>(packed, y);
+  }
+  if (count > 0) restore_few_codes(levels, packed, count, y);
 }
 
 }  // namespace qlora

@@ -1,5 +1,6 @@
 // Values to 4-bit codes: a block's absmax, the nearest of 16 levels, two codes a byte.
 
+#include "fixed_point.h"
 #include "large_output.h"
 #include "levels_16.h"
 #include "parts.h"
@@ -21,16 +22,22 @@ template <typename Value>
 float block_absmax(const Value* x, int64_t count) {
   constexpr int kWidth = sizeof(Ints) / sizeof(Value);
   constexpr bool kIsNarrow = sizeof(Value) == 2;
+  const auto larger_of = [](Ints a, Ints b) {
+    return kIsNarrow ? larger_words(a, b) : larger(a, b);
+  };
   Ints most = broadcast(0);
+  for (; count >= 4 * kWidth; count -= 4 * kWidth, x += 4 * kWidth) {
+    const Ints first = larger_of(magnitude_bits(x), magnitude_bits(x + kWidth));
+    const Ints last = larger_of(magnitude_bits(x + 2 * kWidth), magnitude_bits(x + 3 * kWidth));
+    most = larger_of(most, larger_of(first, last));
+  }
   for (; count >= kWidth; count -= kWidth, x += kWidth) {
-    const Ints bits = magnitude_bits(x);
-    most = kIsNarrow ? larger_words(most, bits) : larger(most, bits);
+    most = larger_of(most, magnitude_bits(x));
   }
   if (count > 0) {
     Value last[kWidth] = {};
     std::memcpy(last, x, count * sizeof(Value));
-    const Ints bits = magnitude_bits(last);
-    most = kIsNarrow ? larger_words(most, bits) : larger(most, bits);
+    most = larger_of(most, magnitude_bits(last));
   }
   if constexpr (kIsNarrow) {
     const int32_t bits = largest(larger(most & broadcast(0xffff), shift_right(most, 16)));
@@ -70,15 +77,24 @@ __attribute__((noinline)) void quantize_special_block(const Value* x, int64_t co
 }
 
 template <typename Value, typename Nearest>
-void quantize_block(const Value* x, int64_t count, float absmax, const Nearest& nearest,
-                    const AnyLevel& any, uint8_t* packed) {
+void quantize_block(const Value* x, int64_t count, float absmax, const FixedPoint& fixed_point,
+                    const Nearest& nearest, const AnyLevel& any, uint8_t* packed) {
   const float reciprocal = 1.0f / absmax;
   if (!(reciprocal > 0.0f) || std::isinf(reciprocal)) {
     return quantize_special_block(x, count, absmax, any, packed);
   }
   const Floats factor = broadcast(reciprocal);
-  quantize_vectors<4>(
-      x, count, [&](Floats values) { return nearest.code(values * factor); }, packed);
+  const auto code = [&](Floats values) { return nearest.code(values * factor); };
+  // A power of two more changes no rounding, unless it overflows.
+  const float larger = reciprocal * FixedPoint::kOne;
+  if (fixed_point.fits() && !std::isinf(larger)) {
+    constexpr int kStep = FixedPoint::kStep;
+    for (; count >= kStep; count -= kStep, x += kStep, packed += kStep / 2) {
+      const bool is_done = fixed_point.quantize(x, broadcast(larger), packed);
+      if (!is_done) quantize_vectors<4>(x, kStep, code, packed);
+    }
+  }
+  quantize_vectors<4>(x, count, code, packed);
 }
 
 // Asks for values ahead of their use: while others are quantised.
@@ -96,8 +112,9 @@ constexpr int64_t kGroupValues = 4096;
 constexpr int kGroupsAhead = 3;
 
 template <typename Value, typename Nearest>
-void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel& any,
-              int64_t block_size, uint8_t* packed, float* absmax, int threads) {
+void quantize(const Value* x, int64_t n, const FixedPoint& fixed_point, const Nearest& nearest,
+              const AnyLevel& any, int64_t block_size, uint8_t* packed, float* absmax,
+              int threads) {
   const int64_t group = std::max(kGroupValues / block_size, int64_t{1});
   // A block may be larger than all there is, up to what an int64_t holds.
   const int64_t distance = block_size < n ? kGroupsAhead * group * block_size : n;
@@ -112,7 +129,8 @@ void quantize(const Value* x, int64_t n, const Nearest& nearest, const AnyLevel&
         const int64_t start = block * block_size, count = std::min(block_size, n - start);
         const int64_t ahead = start + distance;
         if (ahead < n) prefetch_values(x + ahead, std::min(block_size, n - ahead));
-        quantize_block(x + start, count, absmax[block], nearest, any, packed + start / 2);
+        quantize_block(x + start, count, absmax[block], fixed_point, nearest, any,
+                       packed + start / 2);
       }
     }
   });
@@ -130,12 +148,13 @@ int quantize_4bit(const void* x, int dtype, int64_t n, const float* codebook, in
                   uint8_t* packed, float* absmax, int threads) {
   if (is_bad_size(n, block_size, threads)) return kBadSize;
   const Decisions<16> decisions(codebook);
+  const FixedPoint fixed_point(decisions);
   const AnyLevel any(Thresholds(decisions.thresholds), decisions.codes);
   prepare_fresh(packed, n / 2);
   return with_dtype(dtype, [&](auto type) {
     const auto* values = static_cast<const decltype(type)*>(x);
     with_nearest_level(decisions, [&](const auto& nearest) {
-      quantize(values, n, nearest, any, block_size, packed, absmax, threads);
+      quantize(values, n, fixed_point, nearest, any, block_size, packed, absmax, threads);
     });
     if (n % 2 != 0) packed[n / 2] = (packed[n / 2] & 0xf0) | code_of_zero(codebook);
     return kOk;

@@ -118,15 +118,18 @@ inline __m128i narrow(Ints x) {
   return _mm256_castsi256_si128(packed);
 }
 
-// The rounding of from_float<Bfloat16>.
-inline __m128i round_to_bfloat16(Floats x) {
+// The rounding of from_float<Bfloat16>, in the upper halves of the lanes.
+inline Ints round_in_place_to_bfloat16(Floats x) {
   const Ints bits = bits_of(x);
   const Ints is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), broadcast(1));
   const Ints rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, broadcast(0x7fff)));
   const Floats is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
   const Ints quiet = _mm256_or_si256(bits, broadcast(static_cast<int32_t>(kQuietBit)));
-  const Floats chosen = _mm256_blendv_ps(float_of(rounded), float_of(quiet), is_nan);
-  return narrow(_mm256_srli_epi32(bits_of(chosen), 16));
+  return bits_of(_mm256_blendv_ps(float_of(rounded), float_of(quiet), is_nan));
+}
+
+inline __m128i round_to_bfloat16(Floats x) {
+  return narrow(_mm256_srli_epi32(round_in_place_to_bfloat16(x), 16));
 }
 
 inline void store(Bfloat16* y, Floats x) {
