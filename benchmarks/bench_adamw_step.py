@@ -9,35 +9,18 @@ import torch
 from measure import (
     COPY,
     PEER,
-    bitsandbytes_is_installed,
     copy_candidate,
-    each_backend,
     each_thread_count,
-    medians,
     parse_arguments,
     report,
 )
 
 from qlora_ref import AdamW
+from qlora_ref.benchmark.adamw import CLOSE, OPTIONS, TENSORS, bytes_of_a_step, parameters
+from qlora_ref.benchmark.candidates import each_backend, is_installed
+from qlora_ref.benchmark.timing import medians
 
-TENSORS = 100
-
-# float32 rounding of a few operations, relative to the size of one step; 8-bit moments differ more.
-CLOSE = 1e-5
-OPTIONS = {"lr": 1e-3, "weight_decay": 0.01}
 FUSED = "torch fused"
-
-
-def parameters(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    params = [torch.zeros_like(gradient).requires_grad_() for gradient in gradients]
-    for param, gradient in zip(params, gradients):
-        param.grad = gradient
-    return params
-
-
-def bytes_of_a_step(bits: int, n: int) -> int:
-    """Parameters and moments are read and written, gradients read, all float32 but 8-bit codes."""
-    return n * (12 + (16 if bits == 32 else 4)) + (0 if bits == 32 else n // 256 * 16)
 
 
 def main() -> None:
@@ -54,7 +37,7 @@ def main() -> None:
             assert torch.allclose(param, wanted, atol=CLOSE)  # the first step starts from no state
         candidates = each_backend("adamw_step", optimizer.step)
         candidates[FUSED] = torch.optim.AdamW(parameters(gradients), **OPTIONS, fused=True).step
-        if bitsandbytes_is_installed():
+        if is_installed(PEER):
             import bitsandbytes as bnb
 
             kind = bnb.optim.AdamW32bit if bits == 32 else bnb.optim.AdamW8bit

@@ -8,10 +8,7 @@ from collections.abc import Callable
 import torch
 from measure import (
     PEER,
-    bitsandbytes_is_installed,
-    each_backend,
     each_thread_count,
-    medians,
     parse_arguments,
     report,
 )
@@ -19,6 +16,8 @@ from torch import Tensor
 
 import qlora_ref
 from qlora_ref import QuantizedTensor, dispatch, native
+from qlora_ref.benchmark.candidates import each_backend, is_installed
+from qlora_ref.benchmark.timing import medians
 
 WRITE = "write"  # one value into the whole of a used output
 
@@ -45,7 +44,7 @@ def measure_fresh(tensor: QuantizedTensor, x: Tensor, repeats: int) -> None:
     dtype = x.dtype
     expected = tensor.dequantize(dtype)
     candidates = each_backend("dequantize_4bit", lambda: tensor.dequantize(dtype))
-    if bitsandbytes_is_installed():
+    if is_installed(PEER):
         import bitsandbytes.functional as bnb
 
         packed, state = bnb.quantize_4bit(x, quant_type="nf4")
@@ -64,7 +63,7 @@ def measure_used(tensor: QuantizedTensor, dtype: torch.dtype, repeats: int) -> N
     expected = tensor.dequantize(dtype)
     y = torch.zeros_like(expected)
     candidates = {"cpu": kernel(tensor, y)}
-    if bitsandbytes_is_installed():
+    if is_installed(PEER):
         candidates[PEER] = peer_kernel(tensor, y)
     for name, run in candidates.items():
         y.zero_()

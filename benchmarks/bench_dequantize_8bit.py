@@ -11,17 +11,17 @@ from ctypes import c_longlong, c_void_p
 import torch
 from measure import (
     COPY,
-    bitsandbytes_is_installed,
+    PEER,
     copy_candidate,
-    each_backend,
     each_thread_count,
-    medians,
     parse_arguments,
     report,
 )
 
 from qlora_ref import codebooks, native, ops
-from qlora_ref.native_operations import CpuOperations
+from qlora_ref.benchmark.candidates import each_backend, is_installed
+from qlora_ref.benchmark.timing import medians
+from qlora_ref.native_operations import DTYPES, CpuOperations
 
 REUSED_PEER = "bnb, reused"
 
@@ -38,11 +38,11 @@ def main() -> None:
     y = torch.empty_like(x)
     isa = native.available_isas(native.FOLDER)[-1]
     operations = CpuOperations(native.open_library(native.library_path(native.FOLDER, isa)))
-    reused = (codes, absmax, table, 256, y)
-    candidates["cpu, reused"] = lambda: operations._dequantize("dequantize_8bit", *reused)
+    reused = (codes, absmax, table, 256, y.numel(), y, DTYPES[y.dtype])
+    candidates["cpu, reused"] = lambda: operations._call("dequantize_8bit", y.device, *reused)
     candidates["cpu, reused"]()
     assert torch.equal(y, expected)
-    if bitsandbytes_is_installed():
+    if is_installed(PEER):
         import bitsandbytes.functional as bnb
         from bitsandbytes.cextension import lib
 

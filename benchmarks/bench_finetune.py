@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from measure import medians
 from torch import nn
 
 import qlora_ref
+from qlora_ref.benchmark.timing import medians
 
 # (hidden size, size between, blocks, sequences, tokens of each)
 MODELS = {

@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from measure import medians
-from peers import CLOSE, Product, Weights, products
-from torch import Tensor
 
 import qlora_ref
 from qlora_ref import dispatch, native, ops
+from qlora_ref.benchmark.products import FORWARD, GRADIENT, matmul_4bit
+from qlora_ref.benchmark.timing import medians
+from qlora_ref.benchmark.weights import Weights
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "1024x1024")
 MANY = 64  # tokens from which a product is bound by arithmetic, and a gradient is of interest
@@ -59,17 +59,13 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _compare(weights: Weights, tokens: int, transposed: bool, repeats: int) -> None:
     rows, columns = weights.shape
-    x = torch.randn(tokens, rows if transposed else columns).to(weights.dtype)
-    candidates = {"ours": Product(_ours(x, weights, transposed), weights.exact, CLOSE[x.dtype])}
-    if transposed:
-        dense = weights.dense
-        candidates["torch dense"] = Product(lambda: x @ dense, weights.exact, CLOSE[x.dtype])
-        candidates["bnb training"] = _bitsandbytes_gradient(x, weights)
-    else:
-        candidates |= dict(products(x, weights))
-    for name, product in candidates.items():
-        _check(name, product, x, transposed)
-    runs: dict[str, Callable[[], object]] = {name: p.run for name, p in candidates.items()}
+    case = matmul_4bit(weights, tokens, GRADIENT if transposed else FORWARD)
+    runs: dict[str, Callable[[], object]] = {}
+    with torch.no_grad():
+        for name, prepare in {"ours": case.ours["cpu"], **case.peers}.items():
+            prepared = prepare()
+            prepared.check()
+            runs[name] = prepared.run
     codes, scales = weights.quantized.packed.view(torch.int32), weights.quantized.scales
     runs["read"] = lambda: (codes.max(), scales.max())
     with torch.no_grad():
@@ -84,34 +80,6 @@ def _compare(weights: Weights, tokens: int, transposed: bool, repeats: int) -> N
         f"{ours * 1e3:.3f} ms, {gigaflops:.0f} GFLOP/s | {ratios}",
         flush=True,
     )
-
-
-def _ours(x: Tensor, weights: Weights, transposed: bool) -> Callable[[], Tensor]:
-    q = weights.quantized
-    parts = (q.packed, q.scales, q.codebook, q.block_size, q.shape)
-    return lambda: ops.matmul_4bit(x, *parts, transposed=transposed)
-
-
-def _bitsandbytes_gradient(gradient: Tensor, weights: Weights) -> Product:
-    """The backward pass alone of its layer in training."""
-    layer = weights.bitsandbytes_training
-    x = torch.zeros(len(gradient), weights.shape[1], dtype=gradient.dtype, requires_grad=True)
-    with torch.enable_grad():
-        y = layer(x)
-    return Product(
-        lambda: torch.autograd.grad(y, x, gradient, retain_graph=True)[0],
-        weights.exact,
-        CLOSE[gradient.dtype],
-    )
-
-
-def _check(name: str, product: Product, x: Tensor, transposed: bool) -> None:
-    matrix = product.weight.double()
-    exact = x.double() @ (matrix if transposed else matrix.t())
-    with torch.no_grad():
-        error = ((product.run().double() - exact).norm() / exact.norm()).item()
-    if not error < product.tolerance:
-        raise RuntimeError(f"{name} is off by {error:.2g}, more than {product.tolerance:.2g}")
 
 
 def print_overhead() -> None:

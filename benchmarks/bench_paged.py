@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from measure import medians, parse_arguments, report
+from measure import parse_arguments, report
 
 from qlora_ref import AdamW
+from qlora_ref.benchmark.timing import medians
 from qlora_ref.paging.files import PageFile, default_directory, memory
 
 RESIDENT = 64 << 20

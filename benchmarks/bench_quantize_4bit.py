@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from measure import (
     PEER,
-    bitsandbytes_is_installed,
-    each_backend,
     each_thread_count,
-    medians,
     parse_arguments,
     report,
 )
 from torch import Tensor
 
 from qlora_ref import codebooks, dispatch, native, ops
+from qlora_ref.benchmark.candidates import each_backend, is_installed
+from qlora_ref.benchmark.timing import medians
 
 READ = "read"  # the largest of as many bytes, taken as integers
 
@@ -25,7 +24,7 @@ def measure(x: Tensor, repeats: int) -> None:
     candidates = each_backend("quantize_4bit", lambda: ops.quantize_4bit(x, nf4))
     for name, run in candidates.items():
         assert all(map(torch.equal, run(), (packed, absmax))), name
-    if bitsandbytes_is_installed():
+    if is_installed(PEER):
         import bitsandbytes.functional as bnb
 
         candidates[PEER] = lambda: bnb.quantize_4bit(x, quant_type="nf4")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from measure import (
     COPY,
-    bitsandbytes_is_installed,
+    PEER,
     copy_candidate,
-    each_backend,
     each_thread_count,
-    medians,
     parse_arguments,
     report,
 )
 
 from qlora_ref import codebooks, ops
+from qlora_ref.benchmark.candidates import each_backend, is_installed
+from qlora_ref.benchmark.timing import medians
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     candidates = each_backend("quantize_8bit", lambda: ops.quantize_8bit(x, table))
     for name, run in candidates.items():
         assert torch.equal(run()[0], expected[0]), name
-    if bitsandbytes_is_installed():
+    if is_installed(PEER):
         import bitsandbytes.functional as bnb
 
         # Not checked for equality: its CPU code rounds to a grid first and is not exact.

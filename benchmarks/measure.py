@@ -1,4 +1,8 @@
-"""What every benchmark here does: check the results, time the candidates in turn, print ratios.
+"""What the benchmarks here share: options, the peer, and how a result is printed.
+
+How candidates are timed, and which backends there are, is in qlora_ref.benchmark: `qlora-ref bench`
+is the same for those who have no copy of the sources. The files here look closer: at outputs that
+are reused, at one thread and several, at what Python adds.
 
 Candidates run interleaved, many times, and the median counts: other work on the machine then hits
 all of them alike. Bytes per second stand beside those of a plain copy measured in the same run.
@@ -7,14 +11,9 @@ all of them alike. Bytes per second stand beside those of a plain copy measured 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
-
-from qlora_ref.dispatch import BACKENDS, explain, force_backend
 
 PEER = "bitsandbytes"
 COPY = "copy"  # the memory bandwidth to compare with: as many bytes, copied
@@ -41,50 +40,11 @@ def each_thread_count() -> Iterator[int]:
         yield threads
 
 
-def each_backend(operation: str, call: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """The call under every backend that can run the operation on the CPU, by name."""
-
-    def forced(backend: str) -> Callable[[], object]:
-        def run() -> object:
-            with force_backend(backend):
-                return call()
-
-        return run
-
-    reasons = explain(operation, "cpu").reasons
-    there = [name for name in BACKENDS if reasons[name] == "runs" or "comes first" in reasons[name]]
-    return {name: forced(name) for name in there}
-
-
-def bitsandbytes_is_installed() -> bool:
-    """Whether the peer can be compared with."""
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
 def copy_candidate(nbytes: int) -> Callable[[], object]:
     """Read and write `nbytes` in all: half of them into a buffer that is reused."""
     source = torch.zeros(nbytes // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
-
-
-def medians(
-    candidates: dict[str, Callable[[], object]], repeats: int, steady: bool = False
-) -> dict[str, float]:
-    """Median seconds of each candidate, run in turn; a first round warms up and does not count.
-
-    steady  run each twice and time the second: the caches are then as it leaves them itself
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_ in range(repeats + 1):
-        for name, run in candidates.items():
-            if steady:
-                run()
-            began = time.perf_counter()
-            run()
-            if round_ > 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def report(

@@ -30,7 +30,9 @@ def diagnose() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "machine": _machine(),
-        "packages": {name: _version(name) or f"absent ({why})" for name, why in _PACKAGES.items()},
+        "packages": {
+            name: installed_version(name) or f"absent ({why})" for name, why in _PACKAGES.items()
+        },
         "tools": {tool: shutil.which(tool) or "absent" for tool in ("g++", "clang++", "nvcc")},
         "forced_backend": forced_backend(),
         "operations": {
@@ -46,14 +48,14 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "c++ kernels": _instruction_set(),
+        "c++ kernels": instruction_set(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "gpu": cuda,
     }
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
     """What the C++ kernels use, and what they could be forced to use."""
     try:
         available = native.available_isas(native.FOLDER)
@@ -75,14 +77,15 @@ def _advice() -> list[str]:
             "the C++ kernels are not there: "
             + ("reinstall the package to build them" if has_compiler else "install a C++ compiler")
         )
-    if _version("transformers") is None:
+    if installed_version("transformers") is None:
         advice.append("to fine-tune: pip install 'qlora_ref[train]'")
     if (forced := forced_backend()) is not None:
         advice.append(f"{forced} is forced; unset QLORA_REF_BACKEND for the default")
     return advice
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution; None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.markup import escape
 
+from qlora_ref.cli.bench import bench
 from qlora_ref.cli.doctor import doctor
 from qlora_ref.cli.evaluate import evaluate
 from qlora_ref.cli.finetune import finetune
@@ -15,7 +16,7 @@ from qlora_ref.cli.merge import merge
 from qlora_ref.cli.options import messages
 from qlora_ref.cli.study import study
 
-COMMANDS = (finetune, evaluate, merge, inspect, study, doctor)
+COMMANDS = (finetune, evaluate, merge, inspect, study, bench, doctor)
 
 app = typer.Typer(
     no_args_is_help=True,
