@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
-.PHONY: demo test test-slow sanitize count-instructions bench docs study pictures lint clean
+.PHONY: demo test test-slow sanitize count-instructions bench docs notebooks study pictures lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo/installed
@@ -37,13 +37,19 @@ bench: .venv/test/installed
 	for benchmark in benchmarks/bench_*.py; do .venv/test/bin/python $$benchmark || exit 1; done
 
 # The documentation, in build/site. It is read without a network: no page may load from elsewhere.
-docs: .venv/docs/installed
+docs: .venv/docs/installed notebooks
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
 
 # What QLoRA's claims come to: docs/study.md and its figures.
 study: .venv/test/installed
 	.venv/test/bin/qlora-ref study --output docs
+
+# Runs docs/notebooks/*.py, whose assertions must hold, and writes each as a page beside it.
+notebooks: $(patsubst %.py,%.md,$(wildcard docs/notebooks/*.py))
+
+docs/notebooks/%.md: docs/notebooks/%.py docs/tools/notebooks.py .venv/docs/installed
+	.venv/docs/bin/python docs/tools/notebooks.py $<
 
 # The pictures in docs/ that need no measurement.
 pictures: .venv/test/installed
