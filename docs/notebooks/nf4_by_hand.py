@@ -70,8 +70,8 @@ for name, values in {"weight": block, "normalised": normalised, "restored": rest
 print(f"{'code':<11}", *(f"{code:7d}" for code in codes[:8].tolist()))
 
 # %% [markdown]
-# Two codes make a byte, the first one in the upper four bits. That is all that is kept of the block:
-# 32 bytes, and absmax.
+# Two codes make a byte, the first one in the upper four bits. That is all that is kept of the
+# block: 32 bytes, and absmax.
 
 # %%
 packed = (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)

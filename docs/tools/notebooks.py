@@ -1,4 +1,4 @@
-"""python docs/tools/notebooks.py NOTEBOOK.py ...: run notebooks, and write each as a page beside it.
+"""python docs/tools/notebooks.py NOTEBOOK.py ...: run notebooks, write each as a page beside it.
 
 A notebook is a Python file with `# %%` between its cells. It runs in the root of the repository. A
 cell that raises ends this with its traceback, and no page is written.
