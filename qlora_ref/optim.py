@@ -20,6 +20,7 @@ from qlora_ref.codebooks import dynamic_codebook
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
 from qlora_ref.paging.counters import PagingReport
 from qlora_ref.paging.layout import STATE_BITS, fields
+from qlora_ref.torch_adamw import from_torch_adamw
 
 
 class AdamW(torch.optim.Optimizer):
@@ -88,6 +89,8 @@ class AdamW(torch.optim.Optimizer):
         for params in trained:  # all of them, before the first one moves or is counted
             _check_gradients(params)
         self._make_states(trained)
+        # With copies of gradients, where they need them: once pages were stepped nothing may fail.
+        whole = [self._whole(p) for params in trained for p in params if not self._is_paged(p)]
         self._count(trained, 1)
         update = functools.partial(self._step_slices, _groups_of_params(self.param_groups))
         if self._paged is not None:
@@ -96,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
             except BaseException:
                 self._count(trained, -1)  # nothing else has changed
                 raise
-        update([self._whole(p) for params in trained for p in params if not self._is_paged(p)])
+        update(whole)
         return loss
 
     def paging_report(self) -> PagingReport | None:
@@ -128,7 +131,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _whole(self, param: Tensor) -> Slice:
         assert param.grad is not None
-        return Slice(param, param, param.grad, self.state[param])
+        return Slice(param, param, param.grad.contiguous(), self.state[param])
 
     def _step_slices(self, groups: dict[Tensor, dict[str, Any]], slices: list[Slice]) -> None:
         """Update parameters or parts of them; those that one call can take together, together."""
@@ -152,7 +155,11 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state. Raises ValueError if it does not fit these parameters."""
+        """Continue from a saved state, of torch.optim.AdamW too; its groups' options come with it.
+
+        Raises ValueError if it does not fit these parameters.
+        """
+        state_dict = from_torch_adamw(state_dict)
         if not all("state_bits" in group for group in state_dict["param_groups"]):
             raise ValueError("the saved state is of another optimizer: its groups lack state_bits")
         groups = zip(self.param_groups, state_dict["param_groups"])
@@ -181,7 +188,7 @@ class AdamW(torch.optim.Optimizer):
             self._paged = pages
         for param, found in tensors.items():
             if not self._is_paged(param):
-                copies = {name: t.to(param.device, copy=True) for name, t in found.items()}
+                copies = {n: t.to(param.device, copy=True).contiguous() for n, t in found.items()}
                 self.state[param].update(copies)
 
     def _new_pages(

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 40  # of statements, without docstring and signature; 5 to 
 # What each module may import of this package. A name stands for itself and all that is above it.
 LAYERS = [
     {"optimal_float"},
-    {"version", "codebooks", "packing", "files", "settings", "matmul_plan"},
+    {"version", "codebooks", "packing", "files", "settings", "matmul_plan", "torch_adamw"},
     {"reference", "checks", "native_operations"},
     {"native"},
     {"dispatch"},
