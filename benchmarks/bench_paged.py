@@ -123,7 +123,9 @@ def run_one(kind: str, n: int) -> None:
 
 def in_a_process(kind: str, n: int) -> list[str]:
     program = [sys.executable, __file__, kind, str(n)]
-    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    # More threads than there are cores would wait for each other: as many as here.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=environment)
     lines = done.stdout.splitlines()
     if lines[0] != "none":
         Path(lines[0]).rmdir()

@@ -7,6 +7,7 @@ before the step, so that they are there when it begins. Where pages are: paging/
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from qlora_ref.paging.counters import Counters, PagingReport
 from qlora_ref.paging.cuda_calls import TorchCuda
 from qlora_ref.paging.cuda_tiers import PinnedTier, UnifiedTier
 from qlora_ref.paging.file_tier import FileTier
-from qlora_ref.paging.files import default_directory, mapped_file
+from qlora_ref.paging.files import check_directory, default_directory, mapped_file
 from qlora_ref.paging.layout import Piece, cut_pages, fields, state_bytes
-from qlora_ref.paging.tier import Tier
+from qlora_ref.paging.tier import Tier, page_size
 from qlora_ref.paging.undo import Undo
 
 MODES = ("file", "unified", "pinned")
@@ -64,8 +65,12 @@ class PagedState:
     ) -> None:
         if mode is not True and mode not in MODES:
             raise ValueError(f"paged must be False, True or one of {', '.join(MODES)}, got {mode}")
+        page_size(resident_bytes)
+        if directory is not None:
+            check_directory(Path(directory))
         self._options = (mode, resident_bytes, directory)
         self._tier: Tier | None = None
+        self._process = 0  # which made the tier
         self._pages: list[list[Piece]] = []  # by the tier's number of the page
         self._fresh: set[int] = set()  # pages of which no step has been completed
         self._pages_of: dict[Tensor, list[int]] = {}
@@ -86,6 +91,7 @@ class PagedState:
         """
         if not params:
             return
+        self._check_process()
         tier = self._tier_for({param.device for param, _ in params})
         pages = cut_pages(params, tier.page_bytes)
         sizes = [pieces[-1].offset + pieces[-1].nbytes for pieces in pages]
@@ -104,12 +110,13 @@ class PagedState:
         self._expected, self._arrivals, self._ahead = self._arrivals, {}, False
         if self._tier is None or not chosen:
             return
+        self._check_process()
         numbers = sorted({page for param in chosen for page in self._pages_of[param]})
         staying = [page for page in numbers if not self._tier.is_streamed(page)]
         streamed = [page for page in numbers if self._tier.is_streamed(page)]
-        self._step_streamed(self._tier, streamed, chosen, update)
-        # Nothing here waits for a disk: it cannot fail once the streamed pages are done.
+        # What these need is there before the first page streams: they cannot fail once it is done.
         parts = [part for page in staying for part in self._slices(self._tier, page, chosen)]
+        self._step_streamed(self._tier, streamed, chosen, update)
         if parts:
             update(parts)
         self._fresh -= set(numbers)
@@ -154,12 +161,23 @@ class PagedState:
         """Give all pages back."""
         _remove_hooks(self._hooks)
         self._pages_of, self._pages, self._order = {}, [], []
-        if self._tier is not None:
+        if self._tier is not None and self._is_ours():
             self._tier.free()
 
     def twin(self) -> PagedState:
         """An empty one with the same options."""
         return PagedState(*self._options)
+
+    def _is_ours(self) -> bool:
+        """Whether this is the process that has the threads of the tier, and no fork of it."""
+        return self._process == os.getpid()
+
+    def _check_process(self) -> None:
+        if self._tier is not None and not self._is_ours():
+            raise RuntimeError(
+                "the pages belong to the process that made this optimizer, of which this one is a "
+                "fork: make another optimizer here and load a state_dict that was saved there"
+            )
 
     def _tier_for(self, devices: set[torch.device]) -> Tier:
         if len(devices) > 1:
@@ -169,6 +187,7 @@ class PagedState:
             )
         if self._tier is None:
             self._tier = make_tier(*self._options, next(iter(devices)))
+            self._process = os.getpid()
         return self._tier
 
     def _step_streamed(
@@ -207,7 +226,7 @@ class PagedState:
         """The parts of the chosen parameters whose state is in a page, which is brought in."""
         data = self._open(tier, page)
         return [
-            Slice(p.param, p.part(p.param), p.part(p.param.grad), p.views(data))
+            Slice(p.param, p.part(p.param), p.part(p.param.grad).contiguous(), p.views(data))
             for p in self._pages[page]
             if p.param in chosen and p.param.grad is not None
         ]
@@ -226,6 +245,7 @@ class PagedState:
         tier = self._tier
         if tier is None or not chosen:
             return
+        self._check_process()
         numbers = sorted({page for param in chosen for page in self._pages_of[param]})
         tier.prefetch(numbers)
         for page in numbers:
@@ -262,7 +282,7 @@ class PagedState:
         """A gradient is there: if as many came before the last step, this backward is the last."""
         self._arrivals[param] = self._arrivals.get(param, 0) + 1
         last = self._arrivals[param] >= self._expected.get(param, 1)
-        if last and not self._ahead and self._tier is not None:
+        if last and not self._ahead and self._tier is not None and self._is_ours():
             self._ahead = True
             self._tier.prefetch(self._order)
 

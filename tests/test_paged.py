@@ -220,12 +220,19 @@ def test_several_optimizers_page_side_by_side(tmp_path: Path) -> None:
 
 
 def test_gradient_that_is_not_contiguous_is_taken(tmp_path: Path) -> None:
+    gradients = (
+        lambda seed: normal(600, 512, seed=seed).t(),
+        lambda seed: normal(1, 600, seed=seed).expand(512, 600),
+        lambda seed: normal(512, 1200, seed=seed)[:, ::2],
+        lambda seed: normal(3, seed=seed)[0].expand(512, 600),
+    )
     both = []
     for make in (lambda p: paged_adamw(p, tmp_path), lambda p: AdamW(p, **OPTIONS)):
-        param = nn.Parameter(normal(512, 600))
-        optimizer = make([param])
-        for step in range(2):
-            param.grad = normal(600, 512, seed=step).t()
+        params = [nn.Parameter(normal(512, 600)), nn.Parameter(normal(1, 64, 3, 70, 1, 9))]
+        optimizer = make(params)
+        for step, gradient in enumerate(gradients):
+            params[0].grad = gradient(step)
+            params[1].grad = normal(1, 3, 64, 9, 1, 70, seed=step).permute(0, 2, 1, 5, 4, 3)
             optimizer.step()
         both.append(optimizer)
     assert_same(*both)
@@ -313,15 +320,37 @@ def test_copying_is_refused_with_a_way_out(tmp_path: Path, duplicate: Any) -> No
         ({"paged": "unified"}, 'for parameters on a GPU: use "file"'),
         ({"paged": "pinned"}, 'for parameters on a GPU: use "file"'),
         ({"resident_bytes": SMALLEST - 1}, "resident_bytes must be at least 1,048,576, got"),
+        ({"resident_bytes": 3e6}, "resident_bytes must be an int, got float"),
+        ({"page_directory": "/no/folder"}, "page_directory must be a folder .* got /no/folder"),
+        ({"page_directory": __file__}, r"page_directory must be a folder .* \(Not a directory\)"),
     ),
 )
 def test_bad_option_is_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     params = make_params()
     before = [param.detach().clone() for param in params]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         take_steps(paged_adamw(params, tmp_path, **options), range(1))
     for param, value in zip(params, before):
         assert_same_bits(param, value)
+
+
+def test_fork_is_refused_where_it_would_share_the_pages(tmp_path: Path) -> None:
+    optimizer = paged_adamw(make_params(), tmp_path)
+    take_steps(optimizer, range(2))
+    set_gradients(params_of(optimizer), 2)
+    for use in (optimizer.step, optimizer.state_dict):
+        child = os.fork()
+        if child == 0:
+            try:
+                use()
+            except RuntimeError as error:
+                os._exit(7 if "a fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    plain = AdamW(make_params(), **OPTIONS)
+    take_steps(plain, range(3))
+    optimizer.step()
+    assert_same(optimizer, plain)
 
 
 def test_unpaged_has_no_paging_report() -> None:

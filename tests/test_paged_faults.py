@@ -274,6 +274,36 @@ def test_memory_that_is_not_there_is_found_before_the_first_step(
     assert_same(paged, plain)
 
 
+@pytest.mark.parametrize("call", (0, 1, 5, 40, 60))
+def test_gradient_that_there_is_no_memory_to_copy_leaves_everything_as_it_was(
+    pair: tuple[AdamW, AdamW], monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    # A gradient that is not contiguous is copied, a page of it at a time, whether its state comes
+    # and goes, stays, or is too small for a page: the last one is.
+    paged, plain = pair
+    before = snapshot(paged)
+    for optimizer in pair:
+        set_gradients(params_of(optimizer), 2)
+        for param in params_of(optimizer):
+            param.grad = torch.stack((param.grad, param.grad), -1)[..., 0]
+    real, calls = Tensor.contiguous, iter(range(1000))
+
+    def no_memory(tensor: Tensor) -> Tensor:
+        if not tensor.is_contiguous() and next(calls) == call:
+            raise RuntimeError("not enough memory: you tried to allocate 4096 bytes")
+        return real(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "contiguous", no_memory)
+        try:
+            paged.step()
+        except RuntimeError:
+            assert_unchanged(paged, before)
+            paged.step()
+    plain.step()
+    assert_same(*pair)
+
+
 @pytest.mark.parametrize("call", (0, 1, 7))
 def test_interrupt_in_a_step_undoes_it(
     pair: tuple[AdamW, AdamW], monkeypatch: pytest.MonkeyPatch, call: int

@@ -73,8 +73,16 @@ class Piece:
     offset: int
 
     def part(self, tensor: Tensor) -> Tensor:
-        """This piece of the parameter or of its gradient, as a view where that is possible."""
-        return tensor.detach().reshape(-1)[self.start : self.stop]
+        """This piece of the parameter or of its gradient, as a view where that is possible.
+
+        Otherwise the rows that it touches are copied, not the whole tensor for each of its pages.
+        """
+        tensor = tensor.detach().squeeze()
+        if tensor.is_contiguous() or tensor.dim() < 2:
+            return tensor.reshape(-1)[self.start : self.stop]
+        row = tensor[0].numel()
+        first, last = self.start // row, -(-self.stop // row)
+        return tensor[first:last].reshape(-1)[self.start - first * row : self.stop - first * row]
 
     def views(self, page: Tensor) -> dict[str, Tensor]:
         """The tensors of the state in the bytes of a page."""

@@ -20,6 +20,8 @@ _SMALLEST_PAGE = 64 << 10
 
 def page_size(resident_bytes: int) -> int:
     """The largest size of a page where all together may occupy so much."""
+    if not isinstance(resident_bytes, int):
+        raise TypeError(f"resident_bytes must be an int, got {type(resident_bytes).__name__}")
     smallest = _FEWEST_PAGES * _SMALLEST_PAGE
     if resident_bytes < smallest:
         raise ValueError(f"resident_bytes must be at least {smallest:,}, got {resident_bytes:,}")
