@@ -44,7 +44,7 @@ model, tokenizer = load_model(source), load_tokenizer(source)
 
 # %%
 examples = read_examples("tests/data/devils_dictionary.jsonl")
-print(examples[5].prompt, "->", examples[5].text)
+print(examples[68].prompt, "->", examples[68].text)
 train, held_out = (
     tokenize(part, tokenizer, max_length=128) for part in split_held_out(examples, 0.1, seed=0)
 )
@@ -108,9 +108,12 @@ print(f"perplexity: {frozen.perplexity:.2f} before, {trained.perplexity:.2f} aft
 assert trained.loss < frozen.loss - 0.1
 with adapters_disabled(model):  # the base is as it was, to the bit
     assert evaluate(model, held_out, tokenizer.pad_token_id) == frozen
-print(generate(model, tokenizer, examples[5].prompt, tokens=30))
+print(generate(model, tokenizer, examples[68].prompt, tokens=30))
 
 # %% [markdown]
+# Forty steps, and a model this small, learn the form of an entry and not its wit. `make demo` trains
+# one of 135 million parameters.
+#
 # ## Save, load, merge
 #
 # The adapter is a small file in PEFT's format.

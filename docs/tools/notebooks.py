@@ -6,6 +6,7 @@ cell that raises ends this with its traceback, and no page is written.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 def render(source: Path) -> None:
     """Run a notebook; write NAME.md and its pictures, NAME_files/."""
     notebook = jupytext.read(source)
-    client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(ROOT)}})
+    where = {"metadata": {"path": str(ROOT)}}
+    client = NotebookClient(notebook, timeout=1200, coalesce_streams=True, resources=where)
     client.create_kernel_manager().transport = "ipc"  # no ports
     client.execute()
     folder = f"{source.stem}_files"
@@ -32,5 +34,6 @@ def render(source: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm's: there is no widget to draw
     for argument in sys.argv[1:]:
         render(Path(argument))
