@@ -111,8 +111,8 @@ with adapters_disabled(model):  # the base is as it was, to the bit
 print(generate(model, tokenizer, examples[68].prompt, tokens=30))
 
 # %% [markdown]
-# Forty steps, and a model this small, learn the form of an entry and not its wit. `make demo` trains
-# one of 135 million parameters.
+# Forty steps, and a model this small, learn the form of an entry and not its wit. `make demo`
+# trains one of 135 million parameters.
 #
 # ## Save, load, merge
 #
