@@ -22,7 +22,7 @@ from qlora_ref.paging.cuda_calls import TorchCuda
 from qlora_ref.paging.cuda_tiers import PinnedTier, UnifiedTier
 from qlora_ref.paging.file_tier import FileTier
 from qlora_ref.paging.files import check_directory, default_directory, mapped_file
-from qlora_ref.paging.layout import Piece, cut_pages, fields, state_bytes
+from qlora_ref.paging.layout import Piece, aligned, cut_pages, fields, state_bytes
 from qlora_ref.paging.tier import Tier, page_size
 from qlora_ref.paging.undo import Undo
 
@@ -124,7 +124,9 @@ class PagedState:
     def read(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """The state of parameters as whole tensors, mapped from a file: they need no memory."""
         chosen = [param for param in params if param in self]
-        found = {param: self._mapped_state(param) for param in chosen}
+        if not chosen:
+            return {}
+        found = self._mapped_states(chosen)
         for piece, views in self._walk(set(chosen), changed=False):
             for name, value in views.items():
                 piece.part_of_state(name, found[piece.param][name]).copy_(value)
@@ -255,15 +257,23 @@ class PagedState:
                     yield piece, piece.views(data)
             tier.evict(page, changed)
 
-    def _mapped_state(self, param: Tensor) -> dict[str, Tensor]:
-        bits = self._pages[self._pages_of[param][0]]
-        state_bits = next(piece.state_bits for piece in bits if piece.param is param)
-        directory = self._options[2]
-        found = {}
-        for field in fields(state_bits):
-            data = mapped_file(field.nbytes(param.numel()), Path(directory or default_directory()))
-            found[field.name] = data.view(field.dtype).view(field.shape(param))
+    def _mapped_states(self, params: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """Tensors for the state of parameters, in one mapped file: each mapping keeps one open."""
+        wanted = [(param, field) for param in params for field in fields(self._bits_of(param))]
+        sizes = [aligned(field.nbytes(param.numel())) for param, field in wanted]
+        file = mapped_file(sum(sizes), Path(self._options[2] or default_directory()))
+        found: dict[Tensor, dict[str, Tensor]] = {param: {} for param in params}
+        offset = 0
+        for (param, field), size in zip(wanted, sizes):
+            count = field.count(param.numel())
+            data = torch.frombuffer(file, dtype=field.dtype, count=count, offset=offset)
+            found[param][field.name] = data.view(field.shape(param))
+            offset += size
         return found
+
+    def _bits_of(self, param: Tensor) -> int:
+        pieces = self._pages[self._pages_of[param][0]]
+        return next(piece.state_bits for piece in pieces if piece.param is param)
 
     def _watch(self, param: Tensor) -> None:
         """Have the first pages brought in by the last backward before a step."""

@@ -302,6 +302,19 @@ def test_state_dict_is_a_copy_of_the_moment(tmp_path: Path) -> None:
     assert_same_bits(saved, before)
 
 
+def test_state_dict_opens_one_file_however_many_parameters_there_are(tmp_path: Path) -> None:
+    params = [nn.Parameter(torch.zeros(8192)) for _ in range(40)]
+    optimizer = paged_adamw(params, tmp_path)
+    take_steps(optimizer, range(1))
+    before = len(os.listdir("/proc/self/fd"))
+    saved = optimizer.state_dict()
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    torch.save(saved, io.BytesIO())  # refuses tensors of two dtypes that share a storage
+    del saved
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("duplicate", (copy.deepcopy, pickle.dumps), ids=("deepcopy", "pickle"))
 def test_copying_is_refused_with_a_way_out(tmp_path: Path, duplicate: Any) -> None:
     optimizer = paged_adamw(make_params(), tmp_path)

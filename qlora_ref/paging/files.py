@@ -122,13 +122,11 @@ def memory(nbytes: int) -> mmap.mmap:
     return found
 
 
-def mapped_file(nbytes: int, directory: Path) -> Tensor:
-    """A uint8 tensor of zeros in a file of its own; the kernel writes it out under pressure."""
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+def mapped_file(nbytes: int, directory: Path) -> mmap.mmap:
+    """Zeros in a file of their own, which stays open; the kernel writes it out under pressure."""
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
         reserve(file.fileno(), 0, nbytes, directory)
-        return as_tensor(mmap.mmap(file.fileno(), nbytes))
+        return mmap.mmap(file.fileno(), nbytes)
 
 
 def as_tensor(buffer: Any) -> Tensor:

@@ -90,7 +90,7 @@ class Piece:
         for field in fields(self.state_bits):
             nbytes = field.nbytes(self.stop - self.start)
             found[field.name] = page[offset : offset + nbytes].view(field.dtype)
-            offset += _aligned(nbytes)
+            offset += aligned(nbytes)
         return found
 
     def part_of_state(self, name: str, tensor: Tensor) -> Tensor:
@@ -139,8 +139,9 @@ def _values_that_fit(nbytes: int, state_bits: int) -> int:
 
 
 def _piece_bytes(values: int, state_bits: int) -> int:
-    return sum(_aligned(field.nbytes(values)) for field in fields(state_bits))
+    return sum(aligned(field.nbytes(values)) for field in fields(state_bits))
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """As many bytes, up to where the next tensor can begin."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
