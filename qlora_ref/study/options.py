@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PARTS = (1,)
+PARTS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,18 @@ from typing import Any
 import torch
 
 from qlora_ref.files import written_aside
-from qlora_ref.study import codebook_errors
+from qlora_ref.study import codebook_errors, fine_tuning, loss_rise, real_weights, said
 from qlora_ref.study.options import Options
+from qlora_ref.study.pictures import draw
 from qlora_ref.study.report import Claim, Part, claims_table
 
-STUDIES = {1: codebook_errors.study}
+STUDIES = {
+    1: codebook_errors.study,
+    2: real_weights.study,
+    3: loss_rise.study,
+    4: fine_tuning.study,
+    5: said.study,
+}
 
 _HEAD = """\
 # What QLoRA's claims come to
@@ -71,6 +78,10 @@ class Study:
         for name, text in texts.items():
             with written_aside(directory / name) as aside:
                 aside.write_text(text)
+
+    def draw(self, directory: Path) -> list[str]:
+        """Write the pictures; returns their names. Raises ImportError without matplotlib."""
+        return draw({part.number: part.data for part in self.parts}, directory)
 
 
 def run(options: Options, tell: Callable[[str], None] = lambda text: None) -> Study:

@@ -1,0 +1,79 @@
+"""A small language model on a fixed text: its loss on each window, with any weights put in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_ref.lora import is_output_head
+from qlora_ref.models import load_model, load_tokenizer
+
+WINDOW = 128  # tokens
+CHUNK = 4096  # characters; of every ten chunks the last was held out from training
+BATCH = 32
+
+
+class SmallModel:
+    """The model in float32, its dense weights as loaded, and windows of its held-out text.
+
+    windows  int64 (n, 128)
+    weights  float32 (out, in) of every linear layer but the output head, by name
+    """
+
+    def __init__(self, source: str, text: str, count: int | None = None) -> None:
+        if not Path(text).is_file():
+            raise FileNotFoundError(f"there is no text {text}; it comes with the source archive")
+        self.source = source
+        self.model = load_model(source)
+        self.tokenizer = load_tokenizer(source)
+        self.windows = self.split(cut(Path(text).read_text(encoding="utf-8"))[1])[:count]
+        self.layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if type(module) is nn.Linear and not is_output_head(self.model, name)
+        }
+        self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+
+    def split(self, text: str) -> Tensor:
+        """Whole windows of a text's tokens, int64 (n, 128)."""
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+
+    def put(self, change: Callable[[str, Tensor], Tensor]) -> float:
+        """Put change(name, weight as loaded) into every layer; returns |W' - W|^2 / |W|^2."""
+        noise = signal = 0.0
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.weight.copy_(change(name, self.weights[name]))
+                noise += (layer.weight.double() - self.weights[name]).square().sum().item()
+                signal += self.weights[name].double().square().sum().item()
+        return noise / signal
+
+    def losses(self) -> Tensor:
+        """The mean loss of each window in nats a token, float64 (n,)."""
+        return window_losses(self.model, self.windows)
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """The mean loss of each window in nats a token, float64 (n,), in evaluation mode."""
+    training = model.training
+    model.eval()
+    found = []
+    for batch in windows.split(BATCH):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+        )
+        found.append(loss.view(len(batch), -1).double().mean(dim=1))
+    model.train(training)
+    return torch.cat(found)
+
+
+def cut(text: str) -> tuple[str, str]:
+    """Training text and held-out text: of every ten chunks the last is held out."""
+    chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+    return "".join(chunk for i, chunk in enumerate(chunks) if i % 10 != 9), "".join(chunks[9::10])
