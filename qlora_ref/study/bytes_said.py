@@ -73,7 +73,7 @@ def _of_articles() -> list[Claim]:
         Claim(
             "double quantisation saves 0.375 bits, 315 MB of a 7B model",
             "articles",
-            f"{SAVED_BITS:.4f} bits and {of_7b / 1e6:.1f} MB ({of_7b / 2**20:.1f} MiB): embedding and "
+            f"{SAVED_BITS:.4f} bits, {of_7b / 1e6:.1f} MB ({of_7b / 2**20:.1f} MiB): embedding and "
             "output layer are not quantised",
             "does not hold",
         ),
