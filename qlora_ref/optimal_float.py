@@ -41,7 +41,7 @@ def optimal_levels(bits: int, block_size: int, signed: bool) -> tuple[float, ...
     equation 5. The bounds a and b lie half-way to the neighbouring levels. Of a block's values the
     largest costs nothing; the others are N(0, 1) cut to [-m, m].
     """
-    m, weight = _maxima(block_size)
+    m, weight = block_maxima(block_size)
     half = 2 ** (bits - 1)
     steps = torch.arange(1, half + 1, dtype=torch.float64, device=m.device) / half
     negative = steps if not signed else steps - 1 / (2 * half)
@@ -51,7 +51,7 @@ def optimal_levels(bits: int, block_size: int, signed: bool) -> tuple[float, ...
     moved = math.inf
     while moved > _CONVERGED:
         bounds = torch.cat([-steps[-1:], (levels[1:] + levels[:-1]) / 2, steps[-1:]]) * m
-        first = (weight * m * -_density(bounds).diff(dim=1)).sum(dim=0)
+        first = (weight * m * -normal_density(bounds).diff(dim=1)).sum(dim=0)
         mass = (weight * m**2 * torch.special.ndtr(bounds).diff(dim=1)).sum(dim=0)
         centroids = (first / mass).index_copy(0, fixed, levels[fixed])
         moved = (centroids - levels).abs().max().item()
@@ -59,7 +59,7 @@ def optimal_levels(bits: int, block_size: int, signed: bool) -> tuple[float, ...
     return tuple(levels.tolist())
 
 
-def _maxima(block_size: int) -> tuple[Tensor, Tensor]:
+def block_maxima(block_size: int) -> tuple[Tensor, Tensor]:
     """Quadrature over the largest magnitude M of a block: nodes and weights, float64 (nodes, 1).
 
     P(M < m) = p^B with p = P(|w| < m) = erf(m / sqrt 2). The weights hold the density of M and,
@@ -74,9 +74,10 @@ def _maxima(block_size: int) -> tuple[Tensor, Tensor]:
     fractions = torch.linspace(0, 1, _NODES, dtype=torch.float64, device="cpu").unsqueeze(1)
     m = (low + (high - low) * fractions).exp()
     power = ((block_size - 2) * torch.log1p(-torch.special.erfc(m / math.sqrt(2)))).exp()
-    density = block_size * power * 2 * _density(m)  # of M, divided by p
+    density = block_size * power * 2 * normal_density(m)  # of M, divided by p
     return m, density * m * (high - low) / (_NODES - 1)
 
 
-def _density(x: Tensor) -> Tensor:
+def normal_density(x: Tensor) -> Tensor:
+    """phi(x) = exp(-x^2 / 2) / sqrt(2 pi)."""
     return (-(x**2) / 2).exp() / math.sqrt(2 * math.pi)

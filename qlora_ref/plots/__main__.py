@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_ref.codebooks import CODEBOOKS, nf4_codebook
+from qlora_ref.codebooks import nf4_codebook, resolve_codebook
 from qlora_ref.packing import unpack_codes
 from qlora_ref.plots import (
     plot_codebooks,
@@ -20,7 +20,7 @@ from qlora_ref.plots import (
 from qlora_ref.plots.canvas import Figure
 from qlora_ref.quantized import quantize
 
-SHOWN = ("nf4", "fp4", "fp4_ocp", "int4", "af4")
+SHOWN = ("nf4", "fp4", "fp4_ocp", "int4", "af4", "bof4", "bof4_s")
 
 
 def figures() -> dict[str, Figure]:
@@ -29,7 +29,7 @@ def figures() -> dict[str, Figure]:
     block = quantize(0.1 * weights[:64])
     codes = unpack_codes(block.packed, 8).tolist()
     errors = {name: (quantize(weights, name).dequantize() - weights).tolist() for name in SHOWN[:4]}
-    levels = {name: CODEBOOKS[name]().unique().tolist() for name in SHOWN}
+    levels = {name: resolve_codebook(name)[1].unique().tolist() for name in SHOWN}
     return {
         "codebooks": plot_codebooks(levels),
         "thresholds": plot_thresholds("NF4", nf4_codebook()),

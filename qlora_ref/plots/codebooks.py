@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_ref.codebooks import decision_thresholds
+from qlora_ref.optimal_float import block_maxima, normal_density
 from qlora_ref.plots.canvas import BLUE, GREY, ORANGE, PALE, PALETTE, Figure, new_figure
 
-Curve = tuple[Any, Any]  # x and y, arrays of one length
+POINTS = 401  # of a curve
 
 
-def normalised_density(block_size: int, points: int = 401) -> Curve:
-    """The density on (-1, 1) of a normal weight divided by the absmax of its block.
+def normalised_density(z: Tensor, block_size: int) -> Tensor:
+    """The density, at z in (-1, 1), of a normal weight divided by the absmax of its block.
 
         f(z) = (1 - 1/B) E[M phi(M z) / (2 Phi(M) - 1)],    M the largest of B magnitudes
 
-    One weight in B is that largest one; these lie at -1 and 1 and are left out, so that the area is
-    (B - 1) / B. M has the density 2 B phi(m) (2 Phi(m) - 1)^(B - 1).
+    One weight in B is that largest one; these lie at -1 and 1 and are left out.
 
-    returns  z, f(z): float64 (points,)
+    z, returns  float64 (any,)
     """
-    z = torch.linspace(-1, 1, points, dtype=torch.float64)
-    m = torch.linspace(1e-3, 8, 2000, dtype=torch.float64)
-    inside = 2 * torch.special.ndtr(m) - 1
-    of_maximum = 2 * block_size * _phi(m) * inside ** (block_size - 1)
-    given_maximum = m * _phi(m * z[:, None]) / inside
-    density = (1 - 1 / block_size) * torch.trapezoid(of_maximum * given_maximum, m)
-    return z.numpy(), density.numpy()
+    m, weight = block_maxima(block_size)
+    return (1 - 1 / block_size) * (weight * m * normal_density(m * z)).sum(dim=0)
 
 
-def _phi(x: Tensor) -> Tensor:
-    return torch.exp(-x * x / 2) / (2 * np.pi) ** 0.5
+def shares(thresholds: Tensor, block_size: int) -> Tensor:
+    """The share of normal weights below, between and above thresholds in (-1, 1), ascending.
 
-
-def shares(thresholds: Sequence[float], block_size: int) -> list[float]:
-    """The share of normal weights below, between and above some thresholds in (-1, 1)."""
-    z, density = normalised_density(block_size)
-    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(z))])
-    half_end = 1 / (2 * block_size)  # the largest of a block, at -1 or 1
-    edges = [0.0, *(half_end + np.interp(thresholds, z, below)), 1.0]
-    return [float(high - low) for low, high in zip(edges, edges[1:])]
+    thresholds  float (n,)
+    returns     float64 (n + 1,)
+    """
+    m, weight = block_maxima(block_size)
+    ends = torch.ones(1, dtype=torch.float64)
+    edges = torch.cat([-ends, thresholds.double(), ends])
+    others = (weight * torch.special.ndtr(m * edges).diff(dim=1)).sum(dim=0)
+    largest = torch.zeros_like(others)
+    largest[[0, -1]] = 0.5
+    return ((block_size - 1) * others + largest) / block_size
 
 
 def plot_codebooks(codebooks: Mapping[str, Sequence[float]], block_size: int = 64) -> Figure:
@@ -55,7 +51,8 @@ def plot_codebooks(codebooks: Mapping[str, Sequence[float]], block_size: int = 6
     figure, (above, below) = new_figure(
         8, 2.6 + 0.32 * len(codebooks), rows=2, sharex=True, height_ratios=[5, 1 + len(codebooks)]
     )
-    z, density = normalised_density(block_size)
+    z = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
+    density = normalised_density(z, block_size)
     above.fill_between(z, density, color=PALE)
     above.plot(z, density, color=GREY)
     above.set(ylabel="density", ylim=(0, None))
@@ -77,10 +74,11 @@ def plot_thresholds(name: str, codebook: Tensor, block_size: int = 64) -> Figure
     thresholds, codes = decision_thresholds(codebook)
     edges = [-1.0, *thresholds.tolist(), 1.0]
     figure, axes = new_figure(9, 4)
-    z, density = normalised_density(block_size)
-    top = density.max()
+    z = torch.linspace(-1, 1, POINTS, dtype=torch.float64)
+    density = normalised_density(z, block_size)
+    top = density.max().item()
     axes.plot(z, density, color=GREY)
-    for i, share in enumerate(shares(thresholds.tolist(), block_size)):
+    for i, share in enumerate(shares(thresholds, block_size).tolist()):
         low, high = edges[i], edges[i + 1]
         inside = (z >= low) & (z <= high)
         axes.fill_between(z, density, where=inside, color=(BLUE, ORANGE)[i % 2], alpha=0.45, lw=0)
