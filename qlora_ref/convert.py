@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_ref.calibration import Batch, input_moments
 from qlora_ref.checks import FLOAT_DTYPES, check_block_size
 from qlora_ref.codebooks import resolve_codebook
 from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
@@ -75,6 +76,7 @@ def convert_model(
     compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] = (),
     scale_search: bool = False,
+    calibration: Sequence[Batch] | None = None,
 ) -> ConversionReport:
     """Put the weights of a model's linear layers and experts into 4 bits, in place, one at a time.
 
@@ -86,6 +88,9 @@ def convert_model(
     skip     names of modules or of tensors of experts to keep as well: a full name, the end of one
              ("q_proj"), or a pattern with * and ?; what lies below a skipped module is kept too
     codebook, block_size, double_quant, compute_dtype, scale_search: as for `Linear4bit`
+    calibration  what the model is called with, batch by batch: tensors of token ids, or keyword
+             arguments. Then the codes of linear layers are those with a small error of the layers'
+             outputs on this text (gptq.py), not those that are nearest; experts keep the nearest.
     returns  ConversionReport; print it, or read `.kept` for what was not converted
 
     Everything is checked before the first layer is touched. Raises ValueError if there is nothing
@@ -108,29 +113,38 @@ def convert_model(
         "double_quant": double_quant,
         "scale_search": scale_search,
     }
-    decisions = []
-    for name, reason in reasons.items():
-        kind, shape, size = before[name]
-        if reason is None:
-            what = _convert(model, name, options, compute_dtype)
-            after = own_bytes(find(model, name))
-            decisions.append(Decision(name, kind, shape, True, what, size, after))
-        else:
-            decisions.append(Decision(name, kind, shape, False, reason, size, size))
-    return ConversionReport(decisions)
+    linear = [name for name in names if isinstance(find(model, name), nn.Module)]
+    if calibration is not None and linear:
+        for moments in input_moments(model, linear, calibration):
+            for name, hessian in moments.items():
+                _convert(model, name, {**options, "hessian": hessian}, compute_dtype)
+        names = [name for name in names if name not in linear]
+    for name in names:
+        _convert(model, name, options, compute_dtype)
+    return ConversionReport([_decision(model, n, reasons[n], before[n]) for n in reasons])
+
+
+def _decision(
+    model: nn.Module, name: str, reason: str | None, before: tuple[str, tuple[int, ...], int]
+) -> Decision:
+    kind, shape, size = before
+    if reason is not None:
+        return Decision(name, kind, shape, False, reason, size, size)
+    after = find(model, name)
+    what = LINEAR if isinstance(after, Linear4bit) else EXPERTS
+    return Decision(name, kind, shape, True, what, size, own_bytes(after))
 
 
 def _convert(
     model: nn.Module, name: str, options: dict[str, Any], compute_dtype: torch.dtype | None
-) -> str:
-    """Convert what has this name; returns what it is. Nothing refers to the dense weight then."""
+) -> None:
+    """Convert what has this name. Nothing refers to the dense weight then."""
     dense = find(model, name)
     if isinstance(dense, nn.Module):
         layer = Linear4bit.from_linear(dense, compute_dtype=compute_dtype, **options)
         replace_module(model, name, layer)
-        return LINEAR
-    install(model, name, quantize(dense.detach(), **options))
-    return EXPERTS
+    else:
+        install(model, name, quantize(dense.detach(), **options))
 
 
 def reasons_to_keep(model: nn.Module, skip: Sequence[str]) -> dict[str, str | None]:

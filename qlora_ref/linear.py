@@ -64,8 +64,11 @@ class Linear4bit(Module4bit, nn.Linear):
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
         scale_search: bool = False,
+        hessian: Tensor | None = None,
     ) -> Linear4bit:
         """Quantise a dense layer: nn.Linear, or GPT-2's Conv1D, whose weight is (K, N).
+
+        hessian  float (K, K)   mean(x x^T) of the layer's inputs, as for `quantize`
 
         The bias is shared with the dense layer, which is left as it is.
         Raises TypeError for other layers, ValueError for weights that are not finite.
@@ -73,7 +76,7 @@ class Linear4bit(Module4bit, nn.Linear):
         weight, bias = dense_parameters(linear)
         rows, columns = weight.shape
         layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, device="meta")
-        options = codebook, block_size, double_quant, True, scale_search
+        options = codebook, block_size, double_quant, True, scale_search, hessian
         layer.set_quantized_weight(quantize(weight.detach(), *options))
         layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed
         return layer.train(linear.training)

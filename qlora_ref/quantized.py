@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ref import ops
+from qlora_ref import gptq, ops
 from qlora_ref.checks import (
     check_block_size,
     check_float,
     check_nested,
+    check_one_device,
     check_output_dtype,
     check_packed,
 )
@@ -31,6 +32,11 @@ from qlora_ref.codebooks import (
 from qlora_ref.packing import gather_codes, pack_codes
 from qlora_ref.reference.blockwise import codes_under_scales, scale_blocks
 from qlora_ref.scales import block_signs, search_scales
+
+# The share of the mean second moment of a layer's inputs that is added to each: GPTQ's.
+GPTQ_DAMPING = 0.01
+# How often scales and codes are fitted to one another after error feedback.
+GPTQ_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,13 @@ class QuantizedTensor:
         zero = (self.codebook == 0).byte().argmax().to(codes.dtype)  # what fills an odd last byte
         return replace(self, packed=pack_codes(codes, filler=zero))
 
+    def with_scales(self, scales: Tensor, double_quant: bool = False) -> QuantizedTensor:
+        """The same codes under other scales, float32 (blocks,), kept as they are or in 8 bits."""
+        nested: dict[str, Any] = {"nested_absmax": None, "nested_codebook": None, "offset": None}
+        if double_quant:
+            scales, nested = _double_quantize(scales)
+        return replace(self, scales=scales, **nested)
+
     def error(self, x: Tensor) -> QuantizationError:
         """How far this is from the original x, of the same shape, worked out in float64."""
         if x.shape != self.shape:
@@ -214,6 +227,7 @@ def quantize(
     double_quant: bool = False,
     check_finite: bool = True,
     scale_search: bool = False,
+    hessian: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantise a tensor to 4 bits: each value becomes the level nearest to x / absmax of its block.
 
@@ -223,6 +237,10 @@ def quantize(
     double_quant  bool              quantise the scales too, to 8 bits
     scale_search  bool              in place of absmax, the scale with the least squared error
                                     (scales.search_scales): 15 % less error in the same format
+    hessian       float (K, K)      mean(x x^T) of the inputs of a layer whose weight (N, K) this
+                                    is: codes and scales with a small error of its outputs
+                                    (gptq.py), half of what nearest levels give; searched scales
+                                    are where it starts
     returns       QuantizedTensor
 
         quantize(weight, double_quant=True).bits_per_parameter    # 4.127
@@ -239,15 +257,38 @@ def quantize(
     name, levels = resolve_codebook(codebook, block_size)
     levels, signed = levels.to(x.device), has_signed_scales(name)
     packed, scales = _quantize_nearest(x, levels, block_size, check_finite, signed)
+    tensor = QuantizedTensor(packed, scales, levels, name, block_size, x.shape, x.dtype)
+    if hessian is not None:
+        return _quantize_for_inputs(tensor, x, _damped(hessian, x), double_quant)
     if scale_search:
-        scales = search_scales(x, levels, block_size, signed)
-    nested: dict[str, Any] = {}
-    if double_quant:
-        scales, nested = _double_quantize(scales)
-    tensor = QuantizedTensor(packed, scales, levels, name, block_size, x.shape, x.dtype, **nested)
-    if not scale_search:
-        return tensor
-    return tensor.with_codes(codes_under_scales(x, tensor.absmax, levels, block_size))
+        tensor = tensor.with_scales(search_scales(x, levels, block_size, signed), double_quant)
+        return tensor.with_codes(codes_under_scales(x, tensor.absmax, levels, block_size))
+    return tensor.with_scales(scales, double_quant)
+
+
+def _quantize_for_inputs(
+    tensor: QuantizedTensor, x: Tensor, hessian: Tensor, double_quant: bool
+) -> QuantizedTensor:
+    """Codes by error feedback, then scales and codes in turn, each the best for the other."""
+    table = tensor.codebook, tensor.block_size
+    scales = search_scales(x, *table, has_signed_scales(tensor.codebook_name))
+    tensor = tensor.with_scales(scales, double_quant)
+    codes = gptq.feed_back_errors(x, hessian, tensor.absmax, *table)
+    for _ in range(GPTQ_ROUNDS):
+        scales = gptq.fit_scales(x, hessian, codes, tensor.absmax, *table)
+        tensor = tensor.with_scales(scales, double_quant)
+        codes = gptq.descend(x, hessian, codes, tensor.absmax, *table)
+    return tensor.with_codes(codes)
+
+
+def _damped(hessian: Tensor, x: Tensor) -> Tensor:
+    if x.dim() != 2 or hessian.shape != (x.shape[1], x.shape[1]):
+        raise ValueError(
+            "hessian must be mean(x x^T) of a layer's inputs, of shape (K, K) for a weight (N, K): "
+            f"got {tuple(hessian.shape)} for {tuple(x.shape)}"
+        )
+    check_one_device(x, hessian)
+    return gptq.damped(hessian, GPTQ_DAMPING)
 
 
 def _quantize_nearest(
@@ -261,7 +302,7 @@ def _quantize_nearest(
     return packed, absmax * signs
 
 
-def _double_quantize(absmax: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _double_quantize(absmax: Tensor) -> tuple[Tensor, dict[str, Any]]:
     # Scales are positive and alike; less their mean, they use the signed map on both sides of 0.
     offset = _mean(absmax)
     codebook = dynamic_codebook().to(absmax.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def _plain(name: str, block_size: int = 64) -> Rounding:
     return Rounding(shown, form.bits + 32 / block_size, lambda w: form.restored(w, block_size))
 
 
-def _with_options(codebook: str, says: str, **options: bool) -> Rounding:
+def _with_options(codebook: str, says: str, **options: Any) -> Rounding:
     """What `quantize` does with options, in blocks of 64."""
     scale_bits = 8 / 64 + 32 / (64 * 256) if options.get("double_quant") else 32 / 64
     return Rounding(
