@@ -1,6 +1,6 @@
-"""What the CUDA kernels cost, read off their machine code: no GPU is needed.
+"""What the CUDA and Triton kernels cost, read off their machine code: no GPU is needed.
 
-    python benchmarks/static_gpu.py [--json FILE] [--markdown FILE]
+    python benchmarks/static_gpu.py [--backend triton] [--json FILE] [--markdown FILE]
 
 A cost is in cycles of one of the four parts of a multiprocessor for each value and lane: a part
 issues one instruction for 32 lanes in a cycle. What a GPU's memory leaves time for stands beside.
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -152,6 +154,9 @@ def cycles(path: list[sass.Instruction], architecture: str) -> dict[str, float]:
         elif instruction.name == "HMMA":
             half = 0.5 if "1688" in instruction.operation else 1.0
             spent["tensor"] += half * TENSOR_CYCLES[architecture]
+        elif shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction.operation):
+            of_a_warp = math.prod(map(int, shape.groups())) / (16 * 8 * 16) / 4  # of the four
+            spent["tensor"] += of_a_warp * TENSOR_CYCLES[architecture]
     return spent
 
 
@@ -167,16 +172,21 @@ def price(entry: Entry, kernel: sass.Kernel, architecture: str) -> Price:
     if values == 0:
         raise ValueError(f"{kernel.symbol} has no {entry.unit}: what counts its work?")
     spent = {pipe: time / values for pipe, time in cycles(path, architecture).items()}
-    roof = {
-        name: min(1.0, gpu.cycles(entry.bytes_per_value) / max(spent.values()))
-        for name, gpu in GPUS.items()
-        if gpu.architecture == architecture and entry.bytes_per_value is not None
-    }
+    roof = roof_of(architecture, entry.bytes_per_value, max(spent.values()))
     mix = dict(Counter(instruction.name for instruction in path).most_common())
     return Price(
         *(entry.name, architecture, kernel.registers, kernel.spilled, kernel.shared),
         *(spent["issue"], spent["alu"], spent["mio"], spent["tensor"], roof, mix),
     )
+
+
+def roof_of(architecture: str, bytes_per_value: float | None, spent: float) -> dict[str, float]:
+    """The part of each GPU's memory bandwidth that its busiest pipe leaves."""
+    return {
+        name: min(1.0, gpu.cycles(bytes_per_value) / spent)
+        for name, gpu in GPUS.items()
+        if gpu.architecture == architecture and bytes_per_value is not None
+    }
 
 
 def price_all() -> list[Price]:
@@ -194,7 +204,7 @@ def price_all() -> list[Price]:
     return prices
 
 
-def markdown(prices: list[Price]) -> str:
+def markdown(prices: Sequence[Price]) -> str:
     lines = [
         "| kernel | sm | registers | spilled | shared "
         "| instructions | ALU | MIO | tensor | roof | mix |",
@@ -209,18 +219,31 @@ def markdown(prices: list[Price]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Price the CUDA kernels by their machine code.")
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Price kernels by their machine code.")
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    prices = price_all()
+    complaints: list[str] = []
+    if options.backend == "cuda":
+        prices: Sequence[Price] = price_all()
+    else:
+        import static_triton
+
+        prices = static_triton.price_all()
+        complaints = [complaint for p in prices for complaint in static_triton.broken(p)]
+        compiled = static_triton.compile_all()
+        print(f"compiled for {static_triton.COMPILED_ONLY} too: {', '.join(compiled)}\n")
     print(markdown(prices))
     if options.json:
         options.json.write_text(json.dumps([asdict(p) for p in prices], indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(markdown(prices) + "\n")
+    for complaint in complaints:
+        print(complaint)
+    return 1 if complaints else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,17 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import (
-    OPTIONS,
-    TILE,
-    NearestTable,
-    largest_magnitude,
-    nearest_code,
-    nearest_table,
-    normalise,
-    round_to,
-    widen,
-)
+from .decode import round_to, widen
+from .launch import OPTIONS, TILE
+from .nearest import NearestTable, largest_magnitude, nearest_code, nearest_table, normalise
 
 BLOCK_SIZE = 256  # 8-bit values that share a scale
 

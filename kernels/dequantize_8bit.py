@@ -1,4 +1,7 @@
-"""8-bit codes to values: look up, scale."""
+"""8-bit codes to values: look up, scale.
+
+A row of a tile is a chunk of values that share a scale.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import OPTIONS, TILE, chunk_of, count_left, round_to
+from .decode import count_left, round_to
+from .launch import LARGE_TILE, OPTIONS, chunk_of
 
 
 def dequantize_8bit(
@@ -19,10 +23,15 @@ def dequantize_8bit(
     if n == 0:
         return y
     chunk = chunk_of(block_size)
-    rows = max(1, TILE // chunk)
-    grid = (triton.cdiv(triton.cdiv(n, chunk), rows),)
-    layout = (y, n, block_size // chunk)
-    _dequantize_8bit[grid](codes, absmax, codebook, *layout, ROWS=rows, CHUNK=chunk, **OPTIONS)
+    chunks, rows = triton.cdiv(n, chunk), max(1, 2 * LARGE_TILE // chunk)
+    _dequantize_8bit[(triton.cdiv(chunks, rows),)](
+        *(codes, absmax, codebook, y, n, chunks),
+        WHOLE=n % chunk == 0,
+        CHUNKS_PER_BLOCK=block_size // chunk,
+        ROWS=rows,
+        CHUNK=chunk,
+        **OPTIONS,
+    )
     return y
 
 
@@ -33,17 +42,28 @@ def _dequantize_8bit(
     codebook_ptr,  # float32 (256,)
     y_ptr,  # (n,)
     n,
-    chunks_per_block,
+    chunks,
+    WHOLE: tl.constexpr,  # whether no chunk is short
+    CHUNKS_PER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    first = tl.program_id(0) * ROWS
+    if CHUNK < 32:  # 2^31 short chunks are not enough for any tensor
+        first = first.to(tl.int64)
     row = tl.arange(0, ROWS)
-    position = row[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]  # from the tile's first
-    left = count_left(n, first * CHUNK)
-    mask = position < left
-    absmax = absmax_ptr + (first + row) // chunks_per_block
-    scale = tl.load(absmax, mask=row * CHUNK < left, other=0.0)
-    code = tl.load(codes_ptr + first * CHUNK + position, mask=mask, other=0).to(tl.int32)
-    values = round_to(tl.load(codebook_ptr + code) * scale[:, None], y_ptr.dtype.element_ty)
-    tl.store(y_ptr + first * CHUNK + position, values, mask=mask)
+    inside = tl.arange(0, CHUNK)[None, :]
+    # Beyond the end the last chunk is restored again, and not stored.
+    chunk = tl.minimum(first + row, chunks - 1)
+    scale = tl.load(absmax_ptr + chunk // CHUNKS_PER_BLOCK)
+    position = chunk[:, None].to(tl.int64) * CHUNK + inside
+    start = first.to(tl.int64) * CHUNK
+    if WHOLE:  # one mask for a row: its vectors are loaded and stored as such
+        code = tl.load(codes_ptr + position)
+        mask = row[:, None] < chunks - first
+    else:
+        code = tl.load(codes_ptr + position, mask=position < n, other=0)
+        mask = row[:, None] * CHUNK + inside < count_left(n, start)
+    level = tl.load(codebook_ptr + code.to(tl.int32))
+    values = round_to(level * scale[:, None], y_ptr.dtype.element_ty)
+    tl.store(y_ptr + start + (row[:, None] * CHUNK + inside), values, mask=mask)

@@ -1,14 +1,15 @@
 """x W^T, or x W, for a 4-bit weight that is restored a tile at a time, in two rungs.
 
 The obvious kernel looks every weight up by itself: any shape, any block size. The tiled one loads
-whole bytes, two weights each, and a scale once for all the weights of a row that share it; it needs
-rows that hold whole chunks of `chunk_of(block_size)` weights.
+whole vectors of codes, and a scale once for all the weights of a row that share it; rows must hold
+whole chunks of such weights. docs/triton_tutorial.md walks through the first and compares.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,26 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import (
-    INTERPRETED,
-    OPTIONS,
-    chunk_of,
+    VECTOR,
     levels_of_bytes,
     load_scales,
     pair_table,
     round_to,
+    vectors_of,
     widen,
 )
-
-FEW_TOKENS = 16
-
-
-def _tile(tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tokens, outputs and inputs of a tile."""
-    # Sums of 32 products, then of those: a long float32 sum would lose what the contract promises.
-    depth = 32 if dtype == torch.float32 else 64
-    if INTERPRETED.value:  # few and large ones
-        return {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": depth}
-    return {"BLOCK_M": 16 if tokens <= FEW_TOKENS else 64, "BLOCK_N": 64, "BLOCK_K": depth}
+from .launch import INTERPRETED, OPTIONS, chunk_of
+from .matmul_tiles import splits_of, tile_of
+from .permute import fetch_scales, restore_chunks
 
 
 def matmul_4bit(
@@ -60,24 +52,48 @@ def matmul_4bit(
         return y
     is_nested = nested_absmax is not None
     nested = (nested_absmax, nested_codebook, offset) if is_nested else (absmax,) * 3
-    tile = _tile(tokens, x.dtype)
+    vectors = vectors_of(packed, block_size, columns, x.dtype)
+    tile = tile_of(tokens, transposed, vectors, x.dtype)
+    # A chunk is no longer than a tile is wide, so that a tile holds whole ones.
+    across = tile["BLOCK_N" if transposed else "BLOCK_K"]
+    chunk = vectors * VECTOR or chunk_of(block_size, across)
+    tensors = (x.contiguous(), packed, absmax, *nested)
+    sizes = (tokens, rows, columns)
     grid = (triton.cdiv(tokens, tile["BLOCK_M"]), triton.cdiv(outputs, tile["BLOCK_N"]))
-    constants = {"NESTED": is_nested, "HAS_BIAS": bias is not None, **tile}
-    arguments = (x.contiguous(), packed, absmax, *nested)
-    sizes = (x if bias is None else bias, y, tokens, rows, columns)
-    # A chunk is no longer than a tile is deep, so that a tile holds whole ones.
-    chunk = chunk_of(block_size, tile["BLOCK_K"])
-    if not transposed and columns % chunk == 0 and chunk >= 16:
-        table = pair_table(codebook)
-        chunks_per_block = block_size // chunk
-        _matmul_tiled[grid](
-            *arguments, table, *sizes, chunks_per_block, CHUNK=chunk, **constants, **OPTIONS
-        )
+    options = OPTIONS | tile | {"NESTED": is_nested, "TRANSPOSED": transposed}
+    if columns % chunk == 0 and chunk >= 16:
+        table = codebook if vectors else pair_table(codebook)
+        chunks = {"VECTORS": vectors, "CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk}
+        whole = {"WHOLE": inputs % tile["BLOCK_K"] == 0}
+        splits = splits_of(math.prod(grid), triton.cdiv(inputs, tile["BLOCK_K"]), x.device)
+        _launch_tiled((*grid, splits), (*tensors, table), bias, y, sizes, options | chunks | whole)
     else:
-        _matmul[grid](
-            *arguments, codebook, *sizes, block_size, TRANSPOSED=transposed, **constants, **OPTIONS
-        )
+        arguments = (*tensors, codebook, x if bias is None else bias, y, *sizes, block_size)
+        # Loads ahead would be asynchronous copies of single levels.
+        _matmul[grid](*arguments, HAS_BIAS=bias is not None, **options | {"num_stages": 1})
     return y
+
+
+def _launch_tiled(
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    bias: Tensor | None,
+    y: Tensor,
+    sizes: tuple[int, int, int],
+    options: dict[str, Any],
+) -> None:
+    has_bias, bias_or_any = bias is not None, y if bias is None else bias
+    splits = grid[2]
+    if splits == 1:
+        _matmul_tiled[grid](*tensors, bias_or_any, y, *sizes, HAS_BIAS=has_bias, **options)
+        return
+    # Parts of a sum are added up in order by a kernel of their own: the same bits every time.
+    parts = torch.empty((splits, *y.shape), device=y.device)
+    _matmul_tiled[grid](*tensors, bias_or_any, parts, *sizes, HAS_BIAS=False, **options)
+    tokens, outputs = sizes[0], y.shape[-1]
+    blocks = (triton.cdiv(tokens, 16), triton.cdiv(outputs, 256))
+    tile = {"BLOCK_M": 16, "BLOCK_N": 256, **OPTIONS}
+    _add_parts[blocks](parts, bias_or_any, y, tokens, outputs, splits, HAS_BIAS=has_bias, **tile)
 
 
 @triton.jit
@@ -121,13 +137,23 @@ def _matmul(
             nested_absmax_ptr,
             nested_codebook_ptr,
             offset_ptr,
-            position // block_size,
-            mask,
+            tl.where(mask, position // block_size, 0),
             NESTED,
         )
         weight = tl.where(mask, tl.load(codebook_ptr + code) * scale, 0.0)
-        total = _add_product(x, weight, total)
+        total = _add_product(x, round_to(weight, x.dtype), total)
     _store(total, bias_ptr, y_ptr, m, n, tokens, outputs, HAS_BIAS)
+
+
+@triton.jit
+def _add_product(a, b, total):
+    """total + a b, with float32 sums."""
+    if INTERPRETED:  # it takes bfloat16 for integers; their products are exact in float32
+        return total + tl.dot(widen(a), widen(b))
+    elif a.dtype == tl.float32:  # sums of BLOCK_K products, then of these: short ones lose less
+        return total + tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -138,56 +164,73 @@ def _matmul_tiled(
     nested_absmax_ptr,
     nested_codebook_ptr,
     offset_ptr,
-    pairs_ptr,  # int64 (256,)
+    table_ptr,  # the codebook, or int64 (256,): its levels for each byte
     bias_ptr,
-    y_ptr,
+    y_ptr,  # (tokens, outputs), or float32 (splits, tokens, outputs)
     tokens,
     rows,
     columns,
-    chunks_per_block,
+    TRANSPOSED: tl.constexpr,
+    VECTORS: tl.constexpr,  # of a chunk; 0: levels are looked up
     CHUNK: tl.constexpr,
+    CHUNKS_PER_BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether BLOCK_K divides the inputs
     NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, columns, BLOCK_K):
-        across = first + tl.arange(0, BLOCK_K)[None, :]
-        x = tl.load(x_ptr + m * columns + across, mask=(m < tokens) & (across < columns), other=0.0)
-        # (BLOCK_N, BLOCK_K / 2) bytes, and (BLOCK_N, BLOCK_K / CHUNK) scales
-        byte = first // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        mask = (n < rows) & (2 * byte < columns)
-        packed = tl.load(packed_ptr + n * (columns // 2) + byte, mask=mask, other=0)
-        high, low = levels_of_bytes(pairs_ptr, packed)
-        chunk = first // CHUNK + tl.arange(0, BLOCK_K // CHUNK)[None, :]
-        scale = load_scales(
-            absmax_ptr,
-            nested_absmax_ptr,
-            nested_codebook_ptr,
-            offset_ptr,
-            (n * (columns // CHUNK) + chunk) // chunks_per_block,
-            (n < rows) & (chunk * CHUNK < columns),
-            NESTED,
-        )
-        levels = tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK_K // CHUNK, CHUNK))
-        weight = tl.reshape(levels * scale[:, :, None], (BLOCK_N, BLOCK_K))
-        weight = tl.where((n < rows) & (across < columns), weight, 0.0)
-        total = _add_product(x, tl.trans(weight), total)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    _store(total, bias_ptr, y_ptr, m, column, tokens, rows, HAS_BIAS)
+    """The product is y^T = W x^T: tensor cores take their first operand from registers, where the
+    weights are restored. x W would take W^T there, so that x comes first when TRANSPOSED.
+
+    What lies beyond an end is the last row, or the last chunk, once more: loads of the weight need
+    no mask. Beyond the last input x is 0, and what lies beyond the last output is not stored.
+    """
+    inputs = rows if TRANSPOSED else columns
+    outputs = columns if TRANSPOSED else rows
+    chunks = columns // CHUNK  # of a row
+    scales = (absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_rows_ptr = x_ptr + tl.minimum(m, tokens - 1).to(tl.int64) * inputs
+    if TRANSPOSED:
+        first_chunk = tl.program_id(1) * (BLOCK_N // CHUNK)
+        chunk = tl.minimum(first_chunk + tl.arange(0, BLOCK_N // CHUNK), chunks - 1)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        row = tl.minimum(n, rows - 1)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    steps = tl.cdiv(tl.cdiv(inputs, BLOCK_K), tl.num_programs(2))
+    start = tl.program_id(2) * steps * BLOCK_K
+    end = tl.minimum(start + steps * BLOCK_K, inputs)
+    for first in range(start, end, BLOCK_K):
+        if TRANSPOSED:
+            x = _load_inputs(x_rows_ptr[:, None], first + k[None, :], inputs, WHOLE)
+            row = tl.minimum(first + k, rows - 1)
+        else:
+            x = _load_inputs(x_rows_ptr[None, :], first + k[:, None], inputs, WHOLE)
+            chunk = tl.minimum(first // CHUNK + tl.arange(0, BLOCK_K // CHUNK), chunks - 1)
+        weight = _restore(
+            packed_ptr, scales, table_ptr, row, chunk, chunks,
+            NESTED, VECTORS, CHUNK, CHUNKS_PER_BLOCK, x.dtype,
+        )  # fmt: skip
+        total = _add_product(x, weight, total) if TRANSPOSED else _add_product(weight, x, total)
+    if not TRANSPOSED:
+        total = tl.trans(total)
+    y_part_ptr = y_ptr + tl.program_id(2).to(tl.int64) * tokens * outputs
+    _store(
+        total, bias_ptr, y_part_ptr, m.to(tl.int64)[:, None], n[None, :], tokens, outputs, HAS_BIAS
+    )
 
 
 @triton.jit
-def _add_product(x, weight, total):
-    """total + x weight, with the weight rounded once to the dtype of x, and float32 sums."""
-    weight = round_to(weight, x.dtype)
-    if INTERPRETED:  # it takes bfloat16 for integers; their products are exact in float32
-        return total + tl.dot(widen(x), widen(weight))
-    return total + tl.dot(x, weight, input_precision="ieee")
+def _load_inputs(x_rows_ptr, column, inputs, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(x_rows_ptr + column)
+    else:
+        return tl.load(x_rows_ptr + column, mask=column < inputs, other=0.0)
 
 
 @triton.jit
@@ -197,3 +240,60 @@ def _store(total, bias_ptr, y_ptr, m, n, tokens, outputs, HAS_BIAS: tl.constexpr
         total += widen(tl.load(bias_ptr + n, mask=n < outputs, other=0.0))
     mask = (m < tokens) & (n < outputs)
     tl.store(y_ptr + m * outputs + n, round_to(total, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _restore(
+    packed_ptr,
+    scales,  # pointers: absmax and what it takes to decode it
+    table_ptr,
+    row,  # (R,)
+    chunk,  # (G,)
+    chunks,  # of a row
+    NESTED: tl.constexpr,
+    VECTORS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PER_BLOCK: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The weights of some chunks of some rows, rounded once: (R, G CHUNK)."""
+    absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr = scales
+    block = (row[:, None] * chunks + chunk[None, :]) // CHUNKS_PER_BLOCK
+    start = row[:, None].to(tl.int64) * chunks + chunk[None, :]
+    if VECTORS > 0:
+        scale = fetch_scales(
+            absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr, block, NESTED
+        )
+        words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + start[:, :, None] * (4 * VECTORS)
+        words_ptr += tl.arange(0, 4)[None, None, :]
+        return restore_chunks(words_ptr, scale, table_ptr, dtype, VECTORS)
+    else:
+        scale = load_scales(
+            absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr, block, NESTED
+        )
+        byte = start[:, :, None] * (CHUNK // 2) + tl.arange(0, CHUNK // 2)[None, None, :]
+        high, low = levels_of_bytes(table_ptr, tl.load(packed_ptr + byte))
+        weight = tl.join(high, low) * scale[:, :, None, None]
+        return tl.reshape(round_to(weight, dtype), (row.shape[0], chunk.shape[0] * CHUNK))
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr,  # float32 (splits, tokens, outputs)
+    bias_ptr,
+    y_ptr,
+    tokens,
+    outputs,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (m < tokens) & (n < outputs)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(splits):
+        total += tl.load(parts_ptr + m * outputs + n, mask=mask, other=0.0)
+        parts_ptr += tokens.to(tl.int64) * outputs
+    _store(total, bias_ptr, y_ptr, m, n, tokens, outputs, HAS_BIAS)

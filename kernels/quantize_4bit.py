@@ -7,15 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import (
-    OPTIONS,
-    TILE,
-    count_left,
+from .decode import count_left, widen
+from .launch import LARGE_TILE, OPTIONS, TILE
+from .nearest import (
+    code_of_step,
+    divide,
+    divisors,
+    larger,
     largest_magnitude,
     nearest_code,
     nearest_table,
     normalise,
-    widen,
+    step_table,
 )
 
 # Blocks up to here are rows of a tile, longer ones are gone through by one program each.
@@ -30,9 +33,16 @@ def quantize_4bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     if n == 0:
         return packed, absmax
     x, table = x.contiguous(), nearest_table(codebook)
+    entries, steps = step_table(codebook)
+    width = triton.next_power_of_2(block_size)
+    if steps > 0 and 4 <= width == block_size <= LONGEST_ROW and n % block_size == 0:
+        rows = max(1, (LARGE_TILE if table.ordered else LARGE_TILE // 2) // width)
+        grid = (triton.cdiv(len(absmax), rows),)
+        sizes = {"STEPS": steps, "ORDERED": table.ordered, "ROWS": rows, "PAIRS": width // 2}
+        _quantize_whole_rows[grid](x, packed, absmax, entries, len(absmax), **sizes, **OPTIONS)
+        return packed, absmax
     tensors = (x, packed, absmax, table.entries, table.thresholds, table.codes)
     if block_size <= LONGEST_ROW:
-        width = triton.next_power_of_2(block_size)
         rows = max(1, TILE // width)
         grid = (triton.cdiv(len(absmax), rows),)
         sizes = {"ROWS": rows, "PAIRS": width // 2}
@@ -47,6 +57,48 @@ def quantize_4bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
             *tensors, n, size, table.zero, **sizes, **table.constants(), **OPTIONS
         )
     return packed, absmax
+
+
+@triton.jit
+def _quantize_whole_rows(
+    x_ptr,  # (blocks * 2 * PAIRS,)
+    packed_ptr,  # uint8 (blocks * PAIRS,)
+    absmax_ptr,  # float32 (blocks,)
+    entries_ptr,  # int64
+    blocks,
+    STEPS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """A row of a tile is a block, of a power of two of values, and no block is short.
+
+    A thread has a vector of each half of a row, so that what is to be known of a row is worked out
+    by half as many threads.
+    """
+    first = tl.program_id(0) * ROWS
+    row = tl.arange(0, ROWS)
+    mask = row < blocks - first
+    # Beyond the end the last block is quantised again, and not stored: loads need no mask.
+    block = tl.minimum(first + row, blocks - 1).to(tl.int64)[:, None]
+    vector_ptr = x_ptr + block * (2 * PAIRS) + tl.arange(0, PAIRS)[None, :]
+    left, right = widen(tl.load(vector_ptr)), widen(tl.load(vector_ptr + PAIRS))
+    absmax = largest_magnitude(larger(tl.abs(left), tl.abs(right)), 1)
+    tl.store(absmax_ptr + first + row, absmax, mask=mask)
+    by = divisors(absmax)
+    bytes_ptr = packed_ptr + first.to(tl.int64) * PAIRS
+    byte_ptr = bytes_ptr + row[:, None] * PAIRS + tl.arange(0, PAIRS // 2)[None, :]
+    left = code_of_step(divide(left, by), entries_ptr, STEPS, ORDERED)
+    tl.store(byte_ptr, _pack(left, ROWS, PAIRS // 2), mask=mask[:, None])
+    right = code_of_step(divide(right, by), entries_ptr, STEPS, ORDERED)
+    tl.store(byte_ptr + PAIRS // 2, _pack(right, ROWS, PAIRS // 2), mask=mask[:, None])
+
+
+@triton.jit
+def _pack(code, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """Two codes a byte, the even one high."""
+    high, low = tl.split(tl.reshape(code, (ROWS, PAIRS, 2)))
+    return (high * 16 + low).to(tl.uint8)
 
 
 @triton.jit

@@ -7,16 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import (
-    OPTIONS,
-    TILE,
-    count_left,
-    largest_magnitude,
-    nearest_code,
-    nearest_table,
-    normalise,
-    widen,
-)
+from .decode import count_left, widen
+from .launch import OPTIONS, TILE
+from .nearest import largest_magnitude, nearest_code, nearest_table, normalise
 
 LONGEST_ROW = 4096  # as in quantize_4bit.py
 

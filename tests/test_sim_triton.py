@@ -11,16 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from compare import assert_same_bits, normal
 from sim.machine import Launch, execute
 from sim.memory import GlobalMemory
 from sim.parser import parse
 from sim.program import Program
-
-from qlora_ref import codebooks
-from qlora_ref.reference.dequantize_8bit import dequantize_8bit
-from qlora_ref.reference.quantize_8bit import quantize_8bit
 
 FOLDER = Path(__file__).parent
 THREADS = 128  # four warps, as Triton launches by default
@@ -80,18 +74,3 @@ def test_tensor_cores_multiply_as_tritons_compiler_lays_matrices_out() -> None:
     # Small integers: no sum is rounded, whatever its order.
     expected = a.astype(np.float32) @ b.astype(np.float32)
     assert np.array_equal(np.frombuffer(y, np.float32).reshape(32, 32), expected)
-
-
-def test_our_triton_kernel_compiled_is_the_reference_bit_for_bit() -> None:
-    kernel = "compile_triton.compile_kernel('dequantize_8bit', 'cuda', '80')"
-    text = compiled(f"import compile_triton; print({kernel}.asm['ptx'])")
-    n, block_size, width = 4096, 256, 256
-    codebook = codebooks.dynamic_codebook()
-    codes, absmax = quantize_8bit(normal(n, seed=1), codebook, block_size)
-    expected = dequantize_8bit(codes, absmax, codebook, block_size, torch.bfloat16)
-    arrays = [t.numpy() for t in (codes, absmax, codebook)]
-    rows = 8  # of `width` values, of a program
-    *_, y = launch(
-        text, n // (rows * width), *arrays, np.zeros(n, np.uint16), n, block_size // width
-    )
-    assert_same_bits(torch.frombuffer(bytearray(y), dtype=torch.bfloat16), expected)

@@ -152,13 +152,14 @@ def test_every_operation_has_its_files(operation: str) -> None:
 BESIDE_OPERATIONS = (
     *("interface_version", "best_isa"),
     *("matmul_general", "matmul_few_tokens", "matmul_many_tokens", "split_sum"),  # of matmul_4bit
+    *("launch", "decode", "permute", "nearest", "matmul_tiles"),  # what Triton kernels share
 )
 
 
 @pytest.mark.parametrize("folder", ["kernels", "csrc/cpu", "csrc/cuda"])
 def test_a_kernel_file_is_named_after_an_operation(folder: str) -> None:
     for path in (ROOT / folder).glob("*.*"):
-        if path.suffix in (".cpp", ".cu") or (path.suffix == ".py" and path.stem != "decode"):
+        if path.suffix in (".cpp", ".cu", ".py"):
             assert path.stem in (*OPERATIONS, *BESIDE_OPERATIONS)
 
 

@@ -1,12 +1,12 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs.
+"""The Triton kernels run by Triton's interpreter pass the tests of their operations.
 
-Triton decides when it is imported whether it interprets, so that each way has a process of its own.
+Triton decides when it is imported whether it interprets: these tests have processes of their own.
+Compiled kernels have theirs in test_triton_compiled.py and test_static_triton.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -61,22 +61,3 @@ def test_interpreted_kernels_pass_the_tests_of_the_operation(operation: str) -> 
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     output = run("-m", "pytest", "-vv", "-k", "triton", *quiet, test, **environment)
     assert "[triton" in output and "100%" in output
-
-
-# For each architecture the registers that spilled: there must be none.
-COMPILE = """
-import json, sys
-sys.path.insert(0, "tests")
-from compile_triton import compile_all
-print(json.dumps(compile_all(sys.argv[1], sys.argv[2])))
-"""
-
-
-@pytest.mark.parametrize(
-    ("vendor", "architecture"),
-    [("cuda", "80"), ("cuda", "90"), ("cuda", "120"), ("hip", "gfx942")],
-)
-def test_kernels_compile_and_spill_no_register(vendor: str, architecture: str) -> None:
-    output = run("-c", COMPILE, vendor, architecture)
-    spilled = json.loads(output.splitlines()[-1])
-    assert len(spilled) == 8 and set(spilled.values()) == {0}

@@ -1,0 +1,37 @@
+"""How large the tiles of a product are, and into how many parts its sums are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .launch import INTERPRETED, capability, multiprocessors
+
+FEW_TOKENS = 16
+LEAST_STEPS = 4  # of a part of a sum: a shorter one takes longer to begin than to add
+
+
+def tile_of(tokens: int, transposed: bool, vectors: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokens, outputs and inputs of a tile, its warps and the steps that are loaded ahead."""
+    if INTERPRETED.value:  # few and large ones; float32 as below
+        return _tile(64, 256, 32 if dtype == torch.float32 else 64, 4, 1)
+    if vectors == 0:
+        # Loaded ahead, every level would be an asynchronous copy. Sums of 32 products, and then of
+        # those: a long float32 sum would lose what the contract promises.
+        return _tile(16 if tokens <= FEW_TOKENS else 64, 64, 32, 4, 1)
+    if transposed:
+        return _tile(64 if tokens <= 64 else 128, 128, 64, 8, 3)
+    if tokens <= FEW_TOKENS:
+        return _tile(16, 64, 128, 4, 4)
+    return _tile(64 if tokens <= 64 else 128, 128, 128, 8, 2 if capability() >= 100 else 3)
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, Any]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+def splits_of(programs: int, steps: int, device: torch.device) -> int:
+    """Parts of a sum: as many as keep the GPU's multiprocessors at work, twice over."""
+    wanted = 2 * multiprocessors(device) // programs
+    return max(1, min(wanted, steps // LEAST_STEPS))
