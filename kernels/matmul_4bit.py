@@ -26,8 +26,9 @@ from .decode import (
     widen,
 )
 from .launch import INTERPRETED, OPTIONS, chunk_of
-from .matmul_tiles import splits_of, tile_of
+from .matmul_tiles import splits_of, tiles_of
 from .permute import fetch_scales, restore_chunks
+from .tuning import Tile, fastest
 
 
 def matmul_4bit(
@@ -53,25 +54,50 @@ def matmul_4bit(
     is_nested = nested_absmax is not None
     nested = (nested_absmax, nested_codebook, offset) if is_nested else (absmax,) * 3
     vectors = vectors_of(packed, block_size, columns, x.dtype)
-    tile = tile_of(tokens, transposed, vectors, x.dtype)
+    weight = (packed, absmax, *nested, codebook)
+    options = {"NESTED": is_nested, "TRANSPOSED": transposed, "VECTORS": vectors}
+
+    def run(tile: Tile) -> None:
+        _multiply(
+            x.contiguous(), weight, block_size, (tokens, rows, columns), bias, y, tile | options
+        )
+
+    tiles = tiles_of(tokens, transposed, vectors, x.dtype)
+    tokens_or_so = triton.next_power_of_2(tokens)
+    key = ("matmul_4bit", x.device, x.dtype, tokens_or_so, rows, columns, block_size, transposed)
+    run(fastest(key, tiles, run))
+    return y
+
+
+def _multiply(
+    x: Tensor,
+    weight: tuple[Tensor, ...],
+    block_size: int,
+    sizes: tuple[int, int, int],
+    bias: Tensor | None,
+    y: Tensor,
+    options: dict[str, Any],
+) -> None:
+    tokens, rows, columns = sizes
+    transposed, vectors = options["TRANSPOSED"], options.pop("VECTORS")
+    inputs, outputs = (rows, columns) if transposed else (columns, rows)
     # A chunk is no longer than a tile is wide, so that a tile holds whole ones.
-    across = tile["BLOCK_N" if transposed else "BLOCK_K"]
+    across = options["BLOCK_N" if transposed else "BLOCK_K"]
     chunk = vectors * VECTOR or chunk_of(block_size, across)
-    tensors = (x.contiguous(), packed, absmax, *nested)
-    sizes = (tokens, rows, columns)
-    grid = (triton.cdiv(tokens, tile["BLOCK_M"]), triton.cdiv(outputs, tile["BLOCK_N"]))
-    options = OPTIONS | tile | {"NESTED": is_nested, "TRANSPOSED": transposed}
+    grid = (triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(outputs, options["BLOCK_N"]))
+    options = OPTIONS | options
     if columns % chunk == 0 and chunk >= 16:
+        *scales, codebook = weight
         table = codebook if vectors else pair_table(codebook)
         chunks = {"VECTORS": vectors, "CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk}
-        whole = {"WHOLE": inputs % tile["BLOCK_K"] == 0}
-        splits = splits_of(math.prod(grid), triton.cdiv(inputs, tile["BLOCK_K"]), x.device)
-        _launch_tiled((*grid, splits), (*tensors, table), bias, y, sizes, options | chunks | whole)
+        whole = {"WHOLE": inputs % options["BLOCK_K"] == 0}
+        splits = splits_of(math.prod(grid), triton.cdiv(inputs, options["BLOCK_K"]), x.device)
+        tensors = (x, *scales, table)
+        _launch_tiled((*grid, splits), tensors, bias, y, sizes, options | chunks | whole)
     else:
-        arguments = (*tensors, codebook, x if bias is None else bias, y, *sizes, block_size)
+        arguments = (x, *weight, x if bias is None else bias, y, *sizes, block_size)
         # Loads ahead would be asynchronous copies of single levels.
         _matmul[grid](*arguments, HAS_BIAS=bias is not None, **options | {"num_stages": 1})
-    return y
 
 
 def _launch_tiled(

@@ -216,6 +216,8 @@ def _load(backend: str, operation: str, isa: str | None) -> Callable[..., Any]:
     package = "qlora_ref.reference" if backend == "reference" else "qlora_kernels"
     if backend == "triton":
         _require_triton(operation)
+        if os.environ.get("QLORA_REF_TRITON_TUNE") == "1":
+            importlib.import_module(f"{package}.tuning").tune()
     module = importlib.import_module(f"{package}.{operation}")
     function: Callable[..., Any] = getattr(module, operation)
     return function

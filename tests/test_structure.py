@@ -152,7 +152,14 @@ def test_every_operation_has_its_files(operation: str) -> None:
 BESIDE_OPERATIONS = (
     *("interface_version", "best_isa"),
     *("matmul_general", "matmul_few_tokens", "matmul_many_tokens", "split_sum"),  # of matmul_4bit
-    *("launch", "decode", "permute", "nearest", "matmul_tiles"),  # what Triton kernels share
+    *(
+        "launch",
+        "decode",
+        "permute",
+        "nearest",
+        "matmul_tiles",
+        "tuning",
+    ),  # what Triton kernels share
 )
 
 
