@@ -142,8 +142,6 @@ class PagedState:
                 value.copy_(piece.part_of_state(name, states[piece.param][name].contiguous()))
         self._tier.commit()
         self._fresh.clear()
-        pages = range(len(self._pages))
-        self._order = [page for page in pages if self._tier.is_streamed(page)]
 
     def report(self) -> PagingReport:
         """What is paged, and what moving it has cost so far."""

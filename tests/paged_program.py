@@ -42,13 +42,12 @@ def limit_data() -> None:
 
 def limit_group() -> Path:
     """A new control group with this process in it: version 2 first, then 1. Raises OSError."""
-    root, limit = Path("/sys/fs/cgroup"), "memory.max"
-    controllers = root / "cgroup.subtree_control"
-    if not controllers.exists() or "memory" not in controllers.read_text().split():
-        root, limit = root / "memory", "memory.limit_in_bytes"
+    two = Path("/sys/fs/cgroup/cgroup.controllers")
+    is_two = two.exists() and "memory" in two.read_text().split()
+    root = Path("/sys/fs/cgroup" if is_two else "/sys/fs/cgroup/memory")
     group = root / f"qlora_ref-{os.getpid()}"
     group.mkdir()
-    (group / limit).write_text(str(LIMIT))
+    (group / ("memory.max" if is_two else "memory.limit_in_bytes")).write_text(str(LIMIT))
     (group / "cgroup.procs").write_text(str(os.getpid()))
     return group
 

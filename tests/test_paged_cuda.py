@@ -104,17 +104,6 @@ def test_state_moves_between_modes(make: Make, tmp_path: Path) -> None:
         assert_same(first, second)
 
 
-def test_first_backward_after_loading_brings_pages_in_too(make: Make) -> None:
-    model = small_model()
-    optimizer = make(model.parameters())
-    train(model, optimizer, steps=1)
-    optimizer.load_state_dict(optimizer.state_dict())
-    model(torch.ones(1, 300)).sum().backward()
-    assert [page.slot is not None for page in optimizer._paged._tier._pages].count(True) == 8
-    optimizer.step()
-    assert optimizer.paging_report().counters.misses == 0
-
-
 @pytest.mark.parametrize("order", ((0, 1, 2), (2, 1, 0)))
 def test_pages_that_came_too_early_make_room_and_are_not_brought_in_twice(
     make: Make, cuda: RecordingCuda, order: tuple[int, ...]

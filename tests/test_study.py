@@ -80,3 +80,14 @@ def test_a_table_is_markdown_that_no_cell_can_break() -> None:
     part = Part(1, "Part", ["Text.", table], [claim], {}, ["what is missing"])
     assert "*Not run here: what is missing*" in part.markdown()
     assert part.as_dict()["tables"][0]["rows"][0] == {"name": "a | b", "x": 1.234}
+
+
+@pytest.mark.parametrize("missing", ["model", "text"])
+def test_what_is_not_there_is_skipped_and_said(missing: str) -> None:
+    data = Path(__file__).parent / "data"
+    places = {"model": str(data / "tiny_llama"), "text": str(data / "shakespeare.txt")}
+    places[missing] = "/no/such/place"
+    told: list[str] = []
+    found = run(Options(parts=(3, 4), quick=True, **places), told.append)
+    assert "*Not run here: there is no" in found.markdown()
+    assert [line[:15] for line in told] == ["part 3: skipped", "part 4: skipped"]

@@ -51,10 +51,10 @@ def study(
         raise ValueError(f"parts must be numbers with commas, as 1,3, got {parts!r}") from error
     options = Options(chosen, quick, model, text, fine_tune_text, seed)
     found = run(options, lambda line: messages.print(escape(line), highlight=False))
-    if output is not None:
-        found.write(output)
     if plots is not None:
         messages.print(f"drew {', '.join(found.draw(plots))} in {escape(str(plots))}")
+    if output is not None:
+        found.write(output, plots)
     if as_json:
         print_json(found.as_dict())
     elif output is None:

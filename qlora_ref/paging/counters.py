@@ -14,7 +14,7 @@ from qlora_ref.paging.cuda_calls import CudaCalls
 
 @dataclass
 class Counters:
-    """Totals since the optimizer was made, or loaded a saved state.
+    """Totals since the optimizer was made.
 
     bytes_in, bytes_out  brought in and written back
     hits                 pages that were there when they were needed

@@ -17,6 +17,7 @@ from qlora_ref.study.report import Claim, Part, Table, verdict
 from qlora_ref.study.scales import scale_errors
 
 BLOCK_SIZES = (32, 64, 128, 256, 1024, 4096)
+CHUNK = 2**18  # values looked at together; whole blocks
 SAMPLES = 2**22  # 2^20 give the error of NF4 in blocks of 64 to 0.2 %
 QUICK_SAMPLES = 2**18
 NEGLIGIBLE_PERCENT = 0.2  # of the mean squared error
@@ -56,7 +57,12 @@ def study(options: Options, tell: Callable[[str], None]) -> Part:
 
 def drawn_error(form: Format, x: Tensor, block_size: int) -> Mean:
     """Mean squared error on x; blocks are the independent samples of its standard error."""
-    return mean_of(_block_errors(x, form.restored(x, block_size), block_size))
+    parts = x.split(CHUNK)
+    return mean_of(
+        torch.cat(
+            [_block_errors(part, form.restored(part, block_size), block_size) for part in parts]
+        )
+    )
 
 
 def _block_errors(x: Tensor, restored: Tensor, block_size: int) -> Tensor:

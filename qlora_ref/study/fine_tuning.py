@@ -17,7 +17,6 @@ from qlora_ref.optim import AdamW
 from qlora_ref.study.options import Options
 from qlora_ref.study.paired import Mean, crossed_mean
 from qlora_ref.study.report import Claim, Part, Table, verdict
-from qlora_ref.study.rotation import rotate_residual_stream
 from qlora_ref.study.small_model import SmallModel, cut, window_losses
 from qlora_ref.study.workers import in_two_processes
 
@@ -125,10 +124,9 @@ def matched_rank(small: SmallModel) -> int:
 def fine_tune(options: Options, job: tuple[Setup, int]) -> Outcome:
     """Fine-tune one setup with one seed."""
     setup, seed = job
-    small = SmallModel(options.model, options.text, 1)
+    small = SmallModel(options.model, options.text, 1, turn=seed)
     train, test = _windows(small, options)
     model = small.model
-    rotate_residual_stream(model, seed)
     if setup.codebook is not None:
         convert_model(model, setup.codebook, double_quant=setup.double_quant)
     before = window_losses(model, test)

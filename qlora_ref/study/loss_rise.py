@@ -13,9 +13,8 @@ from torch import Tensor
 from qlora_ref.study.options import Options
 from qlora_ref.study.paired import Mean, crossed_mean, mean_of
 from qlora_ref.study.report import Claim, Part, Table, verdict
-from qlora_ref.study.rotation import rotation
-from qlora_ref.study.roundings import Rounding, roundings
-from qlora_ref.study.small_model import SmallModel
+from qlora_ref.study.roundings import Calibrated, Rounding, calibrated, roundings
+from qlora_ref.study.small_model import CALIBRATION, SmallModel
 from qlora_ref.study.workers import in_two_processes
 
 ROTATIONS = 6
@@ -25,11 +24,13 @@ DOUBLE_QUANT_NATS = 5e-4  # a loss rise that nobody would see
 _INTRODUCTION = """\
 One rounding of one model is a single draw. The rounding error is a small random step, and the \
 loss goes up or down along it by chance: on other text than it was trained on, this model's loss \
-may even fall. So each format is measured in {rotations} coordinate systems as well: the inputs \
-of every layer are rotated by a random orthogonal Q, W Q is rounded and turned back. That is \
-another draw of the same error (this model's weights are close to normal, and so is W Q), and its \
-mean over draws is what the format costs. Loss is in nats a token on {windows} held-out windows of \
-128 tokens; before rounding it is {base:.4f}. Standard errors count both windows and rotations."""
+may even fall. So each format is measured in {rotations} coordinate systems as well: the residual \
+stream is rotated by a random orthogonal matrix, which leaves what the model computes as it was, \
+but every weight is another number, and its rounding another draw of the same error (this model's \
+weights are close to normal, rotated or not). The mean over draws is what the format costs. Loss \
+is in nats a token on {windows} held-out windows of 128 tokens; before rounding it is {base:.4f}. \
+Standard errors count both windows and rotations. "Fed back" is GPTQ's error feedback on NF4's \
+levels, with {calibration} windows of the model's training text."""
 
 
 def study(options: Options, tell: Callable[[str], None]) -> Part:
@@ -42,10 +43,13 @@ def study(options: Options, tell: Callable[[str], None]) -> Part:
         return part
     base = small.losses()
     text = _INTRODUCTION.format(
-        rotations=_rotations(options), windows=len(base), base=base.mean().item()
+        rotations=_rotations(options),
+        windows=len(base),
+        base=base.mean().item(),
+        calibration=CALIBRATION,
     )
     part.content.append(text)
-    names = [rounding.name for rounding in roundings()]
+    names = [rounding.name for rounding in _all()]
     found = dict(zip(names, in_two_processes(partial(measure, options), names, names, tell)))
     rises = {name: one.rotated - base for name, one in found.items()}
     part.content.append(_table(found, base, rises))
@@ -76,28 +80,34 @@ class Measured:
 
 def measure(options: Options, name: str) -> Measured:
     """The losses under the rounding of that name."""
-    rounding = next(rounding for rounding in roundings() if rounding.name == name)
-    small = _load(options)
-    relative = small.put(lambda layer, weight: rounding.restore(weight))
-    stored, rotated = small.losses(), []
-    for draw in range(_rotations(options)):
-        small.put(partial(_rotated, rounding, list(small.weights), options.seed + draw))
-        rotated.append(small.losses())
+    rounding = next(rounding for rounding in _all() if rounding.name == name)
+    stored, relative = _round(options, rounding, None)
+    turns = range(options.seed, options.seed + _rotations(options))
+    rotated = [_round(options, rounding, turn)[0] for turn in turns]
     return Measured(relative, stored, torch.stack(rotated))
 
 
-def _load(options: Options) -> SmallModel:
-    return SmallModel(options.model, options.text, QUICK_WINDOWS if options.quick else None)
+def _round(
+    options: Options, rounding: Rounding | Calibrated, turn: int | None
+) -> tuple[Tensor, float]:
+    small = _load(options, turn)
+    if isinstance(rounding, Calibrated):
+        relative = small.calibrate(**rounding.options)
+    else:
+        relative = small.put(rounding.restore)
+    return small.losses(), relative
+
+
+def _all() -> list[Rounding | Calibrated]:
+    return [*roundings(), *calibrated()]
+
+
+def _load(options: Options, turn: int | None = None) -> SmallModel:
+    return SmallModel(options.model, options.text, QUICK_WINDOWS if options.quick else None, turn)
 
 
 def _rotations(options: Options) -> int:
     return QUICK_ROTATIONS if options.quick else ROTATIONS
-
-
-def _rotated(rounding: Rounding, layers: list[str], draw: int, name: str, weight: Tensor) -> Tensor:
-    turn = rotation(weight.shape[1], draw * len(layers) + layers.index(name))
-    rounded = rounding.restore((weight.double() @ turn).float())
-    return (rounded.double() @ turn.T).float()
 
 
 def _table(found: dict[str, Measured], base: Tensor, rises: dict[str, Tensor]) -> Table:
@@ -112,7 +122,7 @@ def _table(found: dict[str, Measured], base: Tensor, rises: dict[str, Tensor]) -
         "rise / relative error": ".2f",
     }
     rows = []
-    for rounding in roundings():
+    for rounding in _all():
         one, mean = found[rounding.name], crossed_mean(rises[rounding.name])
         once, relative = mean_of(one.stored - base), one.relative_error
         cells = (once.mean, once.error, mean.mean, mean.error, mean.mean / relative)
@@ -132,6 +142,7 @@ _CLAIMS = (
     ("nf4", "af4", "AF4 is better than NF4", "arXiv 2306.06965"),
     ("nf4, 4096", "nf4", "small blocks are better than blocks of 4096", "paper, section 2"),
     ("nf4", "nf4, searched", "a search for scales helps NF4", "this library"),
+    ("nf4", "nf4, fed back", "error feedback (GPTQ) helps NF4", "arXiv 2210.17323"),
     ("nf4", "bof4", "BOF4 is better than NF4", "arXiv 2505.06653"),
     ("nf4", "bof4_s", "BOF4-S is better than NF4", "arXiv 2505.06653"),
     ("nf3", "bof3_s", "BOF3-S is better than NF3", "arXiv 2505.06653"),

@@ -26,6 +26,24 @@ class Rounding:
     restore: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A way to round weights that looks at a text: options of `convert_model`."""
+
+    name: str
+    bits: float
+    options: dict[str, Any]
+
+
+def calibrated() -> list[Calibrated]:
+    """NF4 in blocks of 64 with error feedback (GPTQ)."""
+    plain = {"codebook": "nf4", "block_size": 64, "double_quant": False}
+    return [
+        Calibrated("nf4, fed back", 4.5, plain),
+        Calibrated("nf4, searched, fed back", 4.5, {**plain, "scale_search": True}),
+    ]
+
+
 def roundings() -> list[Rounding]:
     """All of them; NF4 in blocks of 64 is what the others are compared with."""
     return [

@@ -4,32 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_ref.convert import convert_model
 from qlora_ref.lora import is_output_head
 from qlora_ref.models import load_model, load_tokenizer
+from qlora_ref.module4bit import layers_4bit
+from qlora_ref.study.rotation import rotate_residual_stream
 
 WINDOW = 128  # tokens
 CHUNK = 4096  # characters; of every ten chunks the last was held out from training
 BATCH = 32
+CALIBRATION = 128  # windows
 
 
 class SmallModel:
-    """The model in float32, its dense weights as loaded, and windows of its held-out text.
+    """The model in float32, its dense weights as loaded, and windows of its text.
 
-    windows  int64 (n, 128)
-    weights  float32 (out, in) of every linear layer but the output head, by name
+    count       windows of held-out text, at most
+    turn        seed of a rotation of the residual stream; None: as stored
+    windows     int64 (n, 128), of held-out text
+    training    int64 (m, 128), of the text that it was trained on
+    weights     float32 (out, in) of every linear layer but the output head, by name
     """
 
-    def __init__(self, source: str, text: str, count: int | None = None) -> None:
+    def __init__(
+        self, source: str, text: str, count: int | None = None, turn: int | None = None
+    ) -> None:
         if not Path(text).is_file():
             raise FileNotFoundError(f"there is no text {text}; it comes with the source archive")
-        self.source = source
         self.model = load_model(source)
         self.tokenizer = load_tokenizer(source)
-        self.windows = self.split(cut(Path(text).read_text(encoding="utf-8"))[1])[:count]
+        training, held_out = cut(Path(text).read_text(encoding="utf-8"))
+        self.training, self.windows = self.split(training), self.split(held_out)[:count]
+        if turn is not None:
+            rotate_residual_stream(self.model, turn)
         self.layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -42,18 +54,30 @@ class SmallModel:
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
 
-    def put(self, change: Callable[[str, Tensor], Tensor]) -> float:
-        """Put change(name, weight as loaded) into every layer; returns |W' - W|^2 / |W|^2."""
+    @torch.no_grad()
+    def put(self, change: Callable[[Tensor], Tensor]) -> float:
+        """Put change(weight as loaded) into every layer; returns |W' - W|^2 / |W|^2."""
+        for name, layer in self.layers.items():
+            layer.weight.copy_(change(self.weights[name]))
+        return self._relative_error({name: layer.weight for name, layer in self.layers.items()})
+
+    def calibrate(self, **options: Any) -> float:
+        """Convert to 4 bits with a calibration text, its own training text; returns as `put`."""
+        batches = self.training[:CALIBRATION].split(BATCH)
+        convert_model(self.model, calibration=batches, **options)
+        layers = layers_4bit(self.model)
+        return self._relative_error({name: layers[name].dequantize() for name in self.weights})
+
+    def _relative_error(self, weights: dict[str, Tensor]) -> float:
         noise = signal = 0.0
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.weight.copy_(change(name, self.weights[name]))
-                noise += (layer.weight.double() - self.weights[name]).square().sum().item()
-                signal += self.weights[name].double().square().sum().item()
+        for name, weight in weights.items():
+            original = self.weights[name].double()
+            noise += (weight.detach().double() - original).square().sum().item()
+            signal += original.square().sum().item()
         return noise / signal
 
     def losses(self) -> Tensor:
-        """The mean loss of each window in nats a token, float64 (n,)."""
+        """The mean loss of each held-out window in nats a token, float64 (n,)."""
         return window_losses(self.model, self.windows)
 
 
