@@ -75,9 +75,10 @@ lint: .venv/test/installed
 	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[test,lint]'
 	touch $@
 
+# Compiles nothing: the notebooks run on the libraries that other targets have built, or in torch.
 .venv/docs/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv/docs
-	QLORA_REF_BUILD_CUDA=0 .venv/docs/bin/pip install --quiet -c constraints.txt -e '.[docs]'
+	QLORA_REF_BUILD_CPU=0 QLORA_REF_BUILD_CUDA=0 .venv/docs/bin/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
