@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from qlora_ref.packing import unpack_codes
 pytest.importorskip("matplotlib")
 
 from qlora_ref import plots
+from qlora_ref.benchmark import pictures
+from qlora_ref.benchmark.report import Measurement
+from qlora_ref.benchmark.run import Row
 from qlora_ref.plots import __main__ as command
 from qlora_ref.plots.codebooks import normalised_density, shares
 
@@ -82,6 +86,24 @@ def test_a_rooflines_legend_has_speed_and_share_of_the_roof() -> None:
     assert "reads: 5 GFLOP/s, 50%" in drawn
     assert "computes: 1 TFLOP/s, 25%" in drawn
     assert "float32: 100 GFLOP/s, 50%" in drawn
+
+
+def test_the_roofline_of_a_measurement_has_our_products_and_the_limits_beside_them() -> None:
+    shared: dict[str, Any] = {
+        **{"shape": "64x64", "dtype": "float32", "device": "cpu", "threads": 1, "name": "cpu"},
+        **{"status": "passed", "why": "", "error": 0.0, "low": 1.0, "high": 1.0, "runs": 3},
+        **{"nbytes": 10**9, "flops": 4 * 10**9, "memory_limit": 2e9, "arithmetic_limit": 1e10},
+    }
+    one = Row(operation="matmul_4bit", detail="1 token", ours=True, seconds=1.0, **shared)
+    peer = replace(one, ours=False, name="other", seconds=0.5)
+    other = replace(one, operation="quantize_4bit", arithmetic_limit=None)
+    drawn = texts(pictures.roofline(Measurement({}, [one, peer, other])))
+    assert [t for t in drawn if "float32, " in t] == ["float32, 1 token: 4 GFLOP/s, 50%"]
+    assert "  memory: 2 GB/s" in drawn and "float32: 10 GFLOP/s" in drawn
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pictures.roofline(Measurement({}, [other]))
+    with pytest.raises(ValueError, match="among --operations"):
+        pictures.check_can_draw(("quantize_4bit",))
 
 
 def test_memory_bars_name_their_parts_once_and_their_totals() -> None:

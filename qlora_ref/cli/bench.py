@@ -42,12 +42,18 @@ def bench(
     json: Annotated[Optional[str], typer.Option(help=f"JSON {_TARGET}")] = None,  # noqa: UP045
     csv: Annotated[Optional[str], typer.Option(help=f"CSV {_TARGET}")] = None,  # noqa: UP045
     markdown: Annotated[Optional[str], typer.Option(help=f"markdown {_TARGET}")] = None,  # noqa: UP045
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="roofline of the products, as PLOT.svg and PLOT.png (needs matplotlib)"),
+    ] = None,
 ) -> None:
     """Time the operations beside other libraries; every result is checked before it is timed."""
     import torch
 
+    from qlora_ref.benchmark.pictures import check_can_draw, roofline
     from qlora_ref.benchmark.plan import make_plan
     from qlora_ref.benchmark.report import read_measurement
+    from qlora_ref.plots import save
 
     what = (operations, shapes, tokens, dtypes, device)
     plan = make_plan(*what, peers=peers, repeats=repeats, seconds=seconds)
@@ -55,10 +61,14 @@ def bench(
     targets = {"json": json, "csv": csv, "markdown": markdown}
     if list(targets.values()).count("-") > 1:
         raise ValueError("only one of --json, --csv and --markdown can be -, standard output")
+    if plot is not None:
+        check_can_draw(plan.operations)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     measurement = _measure(plan, before, targets)
+    if plot is not None:
+        save(roofline(measurement), plot)
     wrong = [row for row in measurement.rows if row.ours and row.seconds is None]
     if wrong:
         lines = (f"{' '.join(row.case)}, {row.name}: {row.status}, {row.why}" for row in wrong)

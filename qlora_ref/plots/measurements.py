@@ -130,17 +130,17 @@ def plot_roofline(
     peaks      dtype or unit: operations a second, measured or by the data sheet
     """
     figure, axes = new_figure(8, 5)
-    low = 2.0 ** math.floor(math.log2(min(k.intensity for k in kernels) / 2))
-    high = 4.0 * max([*(k.intensity for k in kernels), max(peaks.values()) / bandwidth])
+    low = min(kernel.intensity for kernel in kernels) / 8
     roof = max(peaks.values())
+    high = 4.0 * max([*(kernel.intensity for kernel in kernels), roof / bandwidth])
     axes.plot([low, roof / bandwidth], [low * bandwidth, roof], color=BLACK, lw=1.5)
-    middle = math.sqrt(low * roof / bandwidth)
-    text = f"memory: {bandwidth / 1e9:.3g} GB/s  "
-    axes.text(middle, middle * bandwidth, text, ha="right", va="bottom", fontsize=9)
-    for name, peak in peaks.items():
+    text = f"  memory: {bandwidth / 1e9:.3g} GB/s"
+    axes.text(1.3 * low, 1.2 * low * bandwidth, text, va="top", fontsize=9)
+    for peak in sorted(set(peaks.values())):
+        names = ", ".join(name for name in peaks if peaks[name] == peak)
         axes.plot([peak / bandwidth, high], [peak, peak], color=BLACK, lw=1.5)
-        text = f"{name}: {_speed(peak)}"
-        axes.text(high, peak * 1.06, text, ha="right", va="bottom", fontsize=9, color=BLACK)
+        text = f"{names}: {_speed(peak)}"
+        axes.text(high, peak * 1.06, text, ha="right", va="bottom", fontsize=9)
     for i, kernel in enumerate(kernels):
         ceiling = min(peaks.get(kernel.peak, roof), bandwidth * kernel.intensity)
         axes.vlines(kernel.intensity, kernel.speed, ceiling, color=PALE, lw=1.2, zorder=0)
