@@ -102,8 +102,8 @@ def blockwise(name: str, symbol: str, values: int, bytes_per_value: float, ceili
 
 
 def adamw(bits: int, symbol: str, stores: int, values: int, ceiling: float) -> Entry:
-    """Parameters and gradients in bfloat16; half of a 32-bit step are a root and a quotient, both
-    rounded correctly."""
+    """Parameters and gradients in bfloat16; 11 instructions are a root and a quotient, both rounded
+    correctly."""
     traffic = {32: 2 + 2 + 2 + 16, 8: 2 + 2 + 2 + 4 + 16 / 256}[bits]
     return Entry(f"adamw_step, {bits}-bit", "adamw_step", symbol, STORE, values / stores, traffic,
                  ceiling)  # fmt: skip
@@ -112,7 +112,7 @@ def adamw(bits: int, symbol: str, stores: int, values: int, ceiling: float) -> E
 ENTRIES = [
     blockwise("quantize_4bit", r"quantize_whole_blocksILi16ELb0E", 32, 2.5625, 17),
     blockwise("dequantize_4bit", r"dequantize_chunksILi16ELb1E", 8, 2.516, 8.5),
-    blockwise("quantize_8bit", r"quantize_whole_blocksILi256ELb0E", 16, 3.016, 20),
+    blockwise("quantize_8bit", r"quantize_whole_blocksILi256ELb0E", 16, 3.016, 13),
     blockwise("dequantize_8bit", r"dequantize_chunksILi256ELb0E", 8, 3.016, 6),
     few_tokens(8, "Table", 2.4, 5),
     few_tokens(16, "Table", 3.2, 5),
@@ -123,8 +123,8 @@ ENTRIES = [
     many_tokens("Row", "Permute", 7.5, 16),
     many_tokens("Column", "Table", 6),
     many_tokens("Column", "Permute", 7.5),
-    adamw(32, rf"step_vectorsI{BFLOAT16}S", stores=5, values=8, ceiling=41),
-    adamw(8, rf"step_coded_vectorsI{BFLOAT16}S", stores=4, values=16, ceiling=81),
+    adamw(32, rf"step_vectorsI{BFLOAT16}S", stores=5, values=8, ceiling=30),
+    adamw(8, rf"step_coded_vectorsI{BFLOAT16}S", stores=4, values=16, ceiling=60),
 ]
 
 

@@ -47,6 +47,7 @@ ROWS: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("rem.s32", "s32 s32 s32", (-7, 2), -1),
     ("div.u64", "u64 u64 u64", (2**63, 3), 2**63 // 3),
     ("and.b32", "b32 b32 b32", (0b1100, 0b1010), 0b1000),
+    ("or.pred", "pred pred pred", (0, 1), 1),
     ("xor.b64", "b64 b64 b64", (2**40 + 5, 5), 2**40),
     ("not.b16", "b16 b16", (0x00FF,), 0xFF00),
     ("lop3.b32", "b32 b32 b32 b32 b32", (0b1111, 0b1100, 0b1010, 0xCA), 0b1100),
@@ -55,12 +56,14 @@ ROWS: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("shr.s32", "s32 u32 s32", (-8, 40), -1),
     ("shr.u32", "u32 u32 u32", (0x80000000, 31), 1),
     ("shf.l.wrap.b32", "b32 b32 u32 b32", (0x80000001, 0x7, 33), 0xF),
+    ("shf.r.wrap.b32", "b32 b32 u32 b32", (0x80000000, 0x1, 33), 0xC0000000),
     ("shf.r.clamp.b32", "b32 b32 u32 b32", (0x1, 0x80000007, 40), 0x80000007),
     ("prmt.b32", "b32 b32 b32 b32", (0x33221100, 0x77665544, 0x7531), 0x77553311),
     ("prmt.b32", "b32 b32 b32 b32", (0x80000000, 0x7F, 0x000B | 0xC0), 0x000000FF),
     ("bfe.u32", "u32 u32 u32 u32", (0xABCD1234, 8, 8), 0x12),
     ("bfe.s32", "s32 u32 u32 s32", (0x0000F000, 12, 4), -1),
     ("bfi.b32", "b32 b32 u32 u32 b32", (0xFF, 0, 4, 4), 0xF0),
+    ("dp4a.u32.u32", "u32 u32 u32 u32", (0x04030201, 0xFF000A01, 7), 4 * 255 + 2 * 10 + 1 + 7),
     ("popc.b32", "b32 u32", (0xF0F0,), 8),
     ("clz.b32", "b32 u32", (1,), 31),
     ("clz.b32", "b32 u32", (0,), 32),
@@ -72,6 +75,7 @@ ROWS: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("div.rn.f32", "f32 f32 f32", (1.0, 3.0), float(np.float32(1) / np.float32(3))),
     ("div.full.f32", "f32 f32 f32", (6.0, 3.0), 2.0),
     ("max.f32", "f32 f32 f32", (NAN, 3.0), 3.0),
+    ("min.f32", "f32 f32 f32", (-1.0, 3.0), -1.0),
     ("max.NaN.f32", "f32 f32 f32", (NAN, 3.0), NAN),
     # 2^-22 + 2^-46 is the middle of two floats; 2^-22 + 2^-45 is one, that rounding the product
     # first would lose.
@@ -88,6 +92,8 @@ ROWS: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("rcp.rn.f32", "f32 f32", (4.0,), 0.25),
     ("sqrt.rn.f32", "f32 f32", (2.0,), float(np.float32(2.0**0.5))),
     ("ex2.approx.f32", "f32 f32", (3.0,), 8.0),
+    ("rcp.approx.ftz.f32", "f32 f32", (2.0**127,), 0.0),
+    ("rcp.approx.ftz.f32", "f32 f32", (-8.0,), -0.125),
     ("rsqrt.approx.ftz.f32", "f32 f32", (4.0,), 0.5),
     ("cvt.s32.s8", "s8 s32", (-3,), -3),
     ("cvt.sat.u8.s32", "s32 u8", (300,), 255),
@@ -101,7 +107,24 @@ ROWS: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("cvt.rn.f16.f32", "f32 b16", (1 + 2.0**-11,), 0x3C00),
     ("cvt.rn.bf16x2.f32", "f32 f32 b32", (1.0, -2.0), pair(BF16[-2.0], BF16[1.0])),
     ("cvt.rmi.f32.f32", "f32 f32", (-1.5,), -2.0),
-    ("setp.lt.s32", "s32 s32 pred", (-1, 0), 1),
+    ("cvt.rpi.f32.f32", "f32 f32", (-1.5,), -1.0),
+    ("cvt.rzi.f32.f32", "f32 f32", (-1.5,), -1.0),
+    ("cvt.rni.f32.f32", "f32 f32", (-2.5,), -2.0),
+    ("cvt.rmi.s32.f32", "f32 s32", (-2.5,), -3),
+    ("cvt.rpi.s32.f32", "f32 s32", (-2.5,), -2),
+    *((f"setp.{name}.s32", "s32 s32 pred", pair, int(name in holds.split()))
+      for pair, holds in (((-1, 0), "lt le ne"), ((3, 3), "eq le ge"), ((1, -2), "gt ge ne"))
+      for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *((f"setp.{name}.f32", "f32 f32 pred", pair, int(name in holds.split()))
+      for pair, holds in (((-1.0, 0.0), "lt le ne"), ((0.0, -0.0), "eq le ge"),
+                          ((1.0, -2.0), "gt ge ne"), ((NAN, NAN), ""))
+      for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *((f"setp.lt.{name}.s32", "s32 s32 pred pred", (first, 1, second), expected)
+      for name, outcomes in (("and", (0, 0, 0, 1)), ("or", (0, 1, 1, 1)), ("xor", (0, 1, 1, 0)))
+      for expected, (first, second) in zip(outcomes, ((1, 0), (1, 1), (0, 0), (0, 1)))),
+    *((f"setp.lt.{name}.f32", "f32 f32 pred pred", (first, 1.0, second), expected)
+      for name, outcomes in (("and", (0, 0, 0, 1)), ("or", (0, 1, 1, 1)), ("xor", (0, 1, 1, 0)))
+      for expected, (first, second) in zip(outcomes, ((1.0, 0), (1.0, 1), (0.0, 0), (0.0, 1)))),
     ("setp.lt.f32", "f32 f32 pred", (NAN, 0.0), 0),
     ("setp.ltu.f32", "f32 f32 pred", (NAN, 0.0), 1),
     ("setp.num.f32", "f32 f32 pred", (1.0, NAN), 0),
@@ -179,13 +202,25 @@ def test_every_other_instruction_is_in_a_kernel_below() -> None:
     assert untested == set()
 
 
-def test_every_function_of_registers_has_a_row() -> None:
+# The parts of a mnemonic that change what it computes, beside its types.
+CHOICES = re.compile(r"\(\?P<(op|round|mode|nan|unordered|logic|saturate|flush)>([^()]*)\)")
+
+
+def test_every_opcode_has_a_row_with_each_of_its_modifiers() -> None:
     mnemonics = [row[0] for row in ROWS]
-    untested = {
-        pure.function.__name__
-        for pure in PURE
-        if not any(pure.pattern.fullmatch(mnemonic) for mnemonic in mnemonics)
-    }
+    untested = set()
+    for pure in PURE:
+        options = [found.groupdict() for m in mnemonics if (found := pure.pattern.fullmatch(m))]
+        if not options:
+            untested.add(pure.function.__name__)
+        for name, choices in CHOICES.findall(pure.pattern.pattern):
+            listed = choices.replace("\\", "").strip("[]")
+            given = list(listed) if choices.startswith("[") else listed.split("|")
+            untested |= {
+                f"{pure.function.__name__}: {choice}"
+                for choice in given
+                if choice not in {o[name] for o in options}
+            }
     assert untested == set()
 
 

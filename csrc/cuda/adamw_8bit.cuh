@@ -7,9 +7,10 @@
 
 namespace qlora {
 
-constexpr int kCodedBlock = 256;  // values that share a scale
-constexpr int kCodedValues = 16;  // in a row, of a thread
-constexpr int kCodedShift = 4;    // 2^4 threads have a block
+constexpr int kCodedBlock = 256;               // values that share a scale
+constexpr int kCodedValues = 16;               // in a row, of a thread
+constexpr int kCodedShift = 4;                 // 2^4 threads have a block
+constexpr int kCodedUnit = 32 * kCodedValues;  // of a warp: two blocks
 
 struct Codebooks {
   const float* first;   // (256)
@@ -21,20 +22,29 @@ struct Coder {
   Decisions<256> decisions;
   NearestTable<256> table;
 
-  __device__ float level(uint32_t code) const { return decisions.levels[code]; }
+  // Whether the table serves. Called by all threads of a thread block.
+  __device__ bool fill(const float* codebook) {
+    decisions.fill(codebook);
+    return table.fill(decisions);
+  }
+
+  // Of code i of four.
+  __device__ float level(uint32_t codes, int i) const {
+    return at_byte_of(decisions.levels, codes, i);
+  }
 };
 
 struct Coders {
   Coder first, second;
 };
 
-// The new codes of a thread's part of a block with this absmax.
+// The new codes of a thread's part of a block with this absmax: by the table where it serves, else
+// by the plain rule.
 template <int kNumber>
 __device__ void code_values(const Coder& coder, bool has_table, float absmax,
                             const float (&values)[kNumber], uint32_t (&codes)[kNumber / 4]) {
-  const float reciprocal = 1.0f / absmax;
-  // Where no table serves, or absmax is 0, tiny, infinite or NaN, the plain rule.
-  if (!has_table || !(reciprocal > 0.0f) || isinf(reciprocal)) {
+  // Not where absmax is 0, infinite or NaN, or so small or large that its reciprocal is not right.
+  if (!has_table || !(absmax > 0x1p-100f && absmax < 0x1p100f)) {
 #pragma unroll
     for (int i = 0; i < kNumber / 4; ++i) {
       codes[i] = 0;
@@ -45,10 +55,10 @@ __device__ void code_values(const Coder& coder, bool has_table, float absmax,
     }
     return;
   }
+  const float factor = quotient_in_range(Buckets<256>::kScale, absmax);
 #pragma unroll
   for (int i = 0; i < kNumber / 4; ++i) {
-    codes[i] =
-        pack_word<256>([&](int j) { return coder.table.code(values[4 * i + j] * reciprocal); });
+    codes[i] = pack_word<256>([&](int j) { return coder.table.code(values[4 * i + j] * factor); });
   }
 }
 
@@ -61,49 +71,70 @@ __device__ float largest_of_block(const float (&values)[kNumber]) {
   return largest_of_neighbours<1 << kCodedShift>(most, kCodedShift);
 }
 
+// The parameters of a thread's values, value by value by the plain rule. What is of the piece
+// begins at the first of them.
+template <typename Param, typename Grad>
+__device__ void step_coded_params(Param* params, const Grad* grads, const uint8_t* first_codes,
+                                  const uint8_t* second_codes, float first_absmax,
+                                  float second_absmax, const Coders& coders, const Rule& rule) {
+#pragma unroll 1
+  for (int j = 0; j < kCodedValues; ++j) {
+    const float grad = to_float(grads[j]);
+    const float old_m = coders.first.decisions.levels[first_codes[j]] * first_absmax;
+    const float old_v = coders.second.decisions.levels[second_codes[j]] * second_absmax;
+    const float m = rule.first_moment(old_m, grad), v = rule.second_moment(old_v, grad);
+    round_to(rule.param(to_float(params[j]), m, v), params + j);
+  }
+}
+
 // Threads: kThreads. Aligned to 16 bytes: all arrays of the pieces but the absmaxes; their counts
-// are multiples of kCodedBlock. Dynamic shared memory: Coders.
+// are multiples of kCodedUnit. Dynamic shared memory: Coders.
 template <typename Param, typename Grad>
 __global__ void __launch_bounds__(kThreads)
     step_coded_vectors(Pieces pieces, Rule rule, Codebooks codebooks) {
   extern __shared__ uint4 shared[];
   Coders& coders = *reinterpret_cast<Coders*>(shared);
-  coders.first.decisions.fill(codebooks.first);
-  const bool has_first = coders.first.table.fill(coders.first.decisions);
-  coders.second.decisions.fill(codebooks.second);
-  const bool has_second = coders.second.table.fill(coders.second.decisions);
+  const bool has_first = coders.first.fill(codebooks.first) && divides_exactly();
+  const bool has_second = coders.second.fill(codebooks.second) && divides_exactly();
+  const Range empty(rule.has_range());
+  const int warp = warp_of_block();
   for_each_unit(pieces, kThreads * kCodedValues, [&](const Piece& piece, int64_t start) {
-    const int64_t i = start + threadIdx.x * kCodedValues;
-    const bool inside = i < piece.count;
-    const int64_t block = i / kCodedBlock;
+    const int64_t of_warp = start + warp * kCodedUnit;
+    if (of_warp >= piece.count) return;
+    const int lane = threadIdx.x % 32;
+    const int64_t i = of_warp + lane * kCodedValues;
+    const int64_t block = of_warp / kCodedBlock + (lane >> kCodedShift);
     uint8_t* first_codes = static_cast<uint8_t*>(piece.first_moments) + i;
     uint8_t* second_codes = static_cast<uint8_t*>(piece.second_moments) + i;
     Param* params = static_cast<Param*>(piece.params) + i;
-    float m[kCodedValues] = {}, v[kCodedValues] = {}, param[kCodedValues];
-    if (inside) {
-      float grad[kCodedValues];
-      uint32_t first[kCodedValues / 4], second[kCodedValues / 4];
-      load_values(static_cast<const Grad*>(piece.grads) + i, grad);
-      load_words(first_codes, first);
-      load_words(second_codes, second);
-      load_values(params, param);
-      const float first_absmax = piece.first_absmaxes[block];
-      const float second_absmax = piece.second_absmaxes[block];
+    const Grad* grads = static_cast<const Grad*>(piece.grads) + i;
+    float grad[kCodedValues], param[kCodedValues], m[kCodedValues], v[kCodedValues];
+    uint32_t first[kCodedValues / 4], second[kCodedValues / 4];
+    load_values(grads, grad);
+    load_words(first_codes, first);
+    load_words(second_codes, second);
+    load_values(params, param);
+    const float old_first = piece.first_absmaxes[block];
+    const float old_second = piece.second_absmaxes[block];
+    Range range = empty;
 #pragma unroll
-      for (int j = 0; j < kCodedValues; ++j) {
-        const float old_m = coders.first.level(byte_of(first[j / 4], j % 4)) * first_absmax;
-        const float old_v = coders.second.level(byte_of(second[j / 4], j % 4)) * second_absmax;
-        m[j] = rule.first_moment(old_m, grad[j]);
-        v[j] = rule.second_moment(old_v, grad[j]);
-        param[j] = rule.param(param[j], m[j], v[j]);
-      }
+    for (int j = 0; j < kCodedValues; ++j) {
+      const float old_m = coders.first.level(first[j / 4], j % 4) * old_first;
+      const float old_v = coders.second.level(second[j / 4], j % 4) * old_second;
+      m[j] = rule.first_moment(old_m, grad[j]);
+      v[j] = rule.second_moment(old_v, grad[j]);
+      param[j] = rule.param_in_range(param[j], m[j], v[j], range);
+    }
+    if (range.has_all()) {
       store_values(param, params);
+    } else {
+      step_coded_params(params, grads, first_codes, second_codes, old_first, old_second, coders,
+                        rule);
     }
     const float first_absmax = largest_of_block(m);
     const float second_absmax = largest_of_block(v);
     __syncwarp();  // all threads of a block have read its absmaxes
-    if (!inside) return;
-    if (i % kCodedBlock == 0) {
+    if (lane % (1 << kCodedShift) == 0) {
       piece.first_absmaxes[block] = first_absmax;
       piece.second_absmaxes[block] = second_absmax;
     }

@@ -1,5 +1,4 @@
-// One step of AdamW on many tensors per launch. The order of float operations is that of
-// qlora_ref/reference/adamw_step.py.
+// One step of AdamW on many tensors per launch.
 //
 // A kernel's parameters carry the list of tensors: nothing is allocated or copied for it. Tensors
 // of one launch have the same dtypes. Where a tensor's arrays begin at multiples of 16 bytes,
@@ -12,31 +11,71 @@ namespace qlora {
 namespace {
 
 constexpr int kValues = 8;  // in a row, of a thread
+constexpr int kRows = 4;    // such rows of a thread in a unit
+constexpr int kApart = kThreads * kValues;
+constexpr int64_t kMostValues = int64_t{1} << 34;  // of a tensor: rows are counted in 32 bits
+
+// A value's parameter, with the moments after this step, by the plain rule.
+template <typename Param>
+__device__ void step_param(const Piece& piece, const Rule& rule, int64_t i) {
+  Param* param = static_cast<Param*>(piece.params) + i;
+  const float m = static_cast<const float*>(piece.first_moments)[i];
+  const float v = static_cast<const float*>(piece.second_moments)[i];
+  round_to(rule.param(to_float(*param), m, v), param);
+}
+
+// So many rows of values, the first of which is number `first` of the piece. The parameters are
+// stored when all are known to be right.
+template <typename Param, typename Grad, int kNumber>
+__device__ void step_rows(const Piece& piece, const Rule& rule, Range range, uint32_t first) {
+  const int64_t i = int64_t{first} * kValues;
+  Param* params = static_cast<Param*>(piece.params) + i;
+  float new_params[kNumber][kValues];
+#pragma unroll
+  for (int row = 0; row < kNumber; ++row) {
+    float* first_moments = static_cast<float*>(piece.first_moments) + i + row * kApart;
+    float* second_moments = static_cast<float*>(piece.second_moments) + i + row * kApart;
+    float grad[kValues], m[kValues], v[kValues], param[kValues];
+    load_values(static_cast<const Grad*>(piece.grads) + i + row * kApart, grad);
+    load_values(first_moments, m);
+    load_values(second_moments, v);
+    load_values(params + row * kApart, param);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      m[j] = rule.first_moment(m[j], grad[j]);
+      v[j] = rule.second_moment(v[j], grad[j]);
+      new_params[row][j] = rule.param_in_range(param[j], m[j], v[j], range);
+    }
+    store_values(m, first_moments);
+    store_values(v, second_moments);
+  }
+  if (range.has_all()) {
+#pragma unroll
+    for (int row = 0; row < kNumber; ++row) store_values(new_params[row], params + row * kApart);
+    return;
+  }
+#pragma unroll 1
+  for (int j = 0; j < kNumber * kValues; ++j) {
+    step_param<Param>(piece, rule, i + j / kValues * kApart + j % kValues);
+  }
+}
 
 // Threads: kThreads. Aligned to 16 bytes: all arrays of the pieces; their counts are multiples of
 // kValues.
 template <typename Param, typename Grad>
 __global__ void __launch_bounds__(kThreads) step_vectors(Pieces pieces, Rule rule) {
-  for_each_unit(pieces, kThreads * kValues, [&](const Piece& piece, int64_t first) {
-    const int64_t i = first + threadIdx.x * kValues;
-    if (i >= piece.count) return;
-    float* first_moments = static_cast<float*>(piece.first_moments) + i;
-    float* second_moments = static_cast<float*>(piece.second_moments) + i;
-    Param* params = static_cast<Param*>(piece.params) + i;
-    float grad[kValues], m[kValues], v[kValues], param[kValues];
-    load_values(static_cast<const Grad*>(piece.grads) + i, grad);
-    load_values(first_moments, m);
-    load_values(second_moments, v);
-    load_values(params, param);
-#pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      m[j] = rule.first_moment(m[j], grad[j]);
-      v[j] = rule.second_moment(v[j], grad[j]);
-      param[j] = rule.param(param[j], m[j], v[j]);
+  const Range range(rule.has_range());
+  for_each_unit(pieces, kRows * kApart, [&](const Piece& piece, int64_t first) {
+    const uint32_t row = static_cast<uint32_t>(first / kValues) + threadIdx.x;
+    if (first + kRows * kApart <= piece.count) {
+      step_rows<Param, Grad, kRows>(piece, rule, range, row);
+      return;
     }
-    store_values(m, first_moments);
-    store_values(v, second_moments);
-    store_values(param, params);
+    const uint32_t rows = static_cast<uint32_t>(piece.count / kValues);
+#pragma unroll 1
+    for (uint32_t i = row; i < rows; i += kThreads) {
+      step_rows<Param, Grad, 1>(piece, rule, range, i);
+    }
   });
 }
 
@@ -48,11 +87,10 @@ __global__ void __launch_bounds__(kThreads) step_each(Pieces pieces, Rule rule) 
     if (i >= piece.count) return;
     float* m = static_cast<float*>(piece.first_moments) + i;
     float* v = static_cast<float*>(piece.second_moments) + i;
-    Param* param = static_cast<Param*>(piece.params) + i;
     const float grad = to_float(static_cast<const Grad*>(piece.grads)[i]);
     *m = rule.first_moment(*m, grad);
     *v = rule.second_moment(*v, grad);
-    round_to(rule.param(to_float(*param), *m, *v), param);
+    step_param<Param>(piece, rule, i);
   });
 }
 
@@ -139,7 +177,7 @@ template <typename Param, typename Grad>
 int step_with_float_moments(const Tensors& tensors, int param_dtype, int grad_dtype,
                             const Rule& rule, cudaStream_t stream) {
   const auto vectors = [&](const Pieces& pieces) {
-    const int blocks = unit_blocks(pieces, kThreads * kValues);
+    const int blocks = unit_blocks(pieces, kRows * kApart);
     step_vectors<Param, Grad><<<blocks, kThreads, 0, stream>>>(pieces, rule);
     return launched();
   };
@@ -159,12 +197,12 @@ int step_with_coded_moments(const Tensors& tensors, int param_dtype, int grad_dt
   const auto each = [&](const Pieces& pieces) {
     return launch_coded_each<Param, Grad>(pieces, rule, codebooks, stream);
   };
-  return step_tensors<Param, Grad>(tensors, param_dtype, grad_dtype, kCodedBlock, vectors, each);
+  return step_tensors<Param, Grad>(tensors, param_dtype, grad_dtype, kCodedUnit, vectors, each);
 }
 
 int find_error(const Tensors& tensors) {
   for (int64_t i = 0; i < tensors.number; ++i) {
-    if (tensors.counts[i] < 0) return kBadSize;
+    if (tensors.counts[i] < 0 || tensors.counts[i] > kMostValues) return kBadSize;
     if (!is_known(tensors.param_dtypes[i]) || !is_known(tensors.grad_dtypes[i])) {
       return kUnknownDtype;
     }

@@ -9,9 +9,10 @@
 
 namespace qlora {
 
-// The buckets for kLevels levels. `of` never falls as the value rises, and it is used for values
-// and for thresholds alike: that is all that a table needs to be right. `of` lies from 0 to
-// kNumber - 1 for values; `of_any` may lie outside for thresholds that no value reaches.
+// The buckets for kLevels levels, of values times kScale. `slot_of` says where a value's bucket
+// lies in the table, `rank` which one it is: that never falls as the value rises, and both are used
+// for values and for thresholds alike, which is all that a table needs to be right. `of_any` may be
+// outside of 0 to kNumber - 1 for thresholds that no value reaches.
 template <int kLevels>
 struct Buckets;
 
@@ -19,15 +20,18 @@ struct Buckets;
 template <>
 struct Buckets<16> {
   static constexpr int kNumber = 512;
+  static constexpr float kScale = 1.0f;
 
   // 2^23 + 2^22 + 256 as a float: at this size the last bit of a float counts ones, so that adding
   // rounds to a whole number and leaves it, plus 256, in the lower bits.
   static constexpr float kRounder = 12583168.0f;
   static constexpr uint32_t kRounderBits = 0x4b400000;
 
-  __device__ static uint32_t of(float value) {
+  __device__ static uint32_t slot_of(float value) {
     return __float_as_uint(__fmaf_rn(value, 255.0f, kRounder)) % kNumber;
   }
+
+  __device__ static int rank(int slot) { return slot; }
 
   __device__ static int of_any(float value) {
     const float near = fminf(fmaxf(value, -2.0f), 2.0f);
@@ -35,23 +39,30 @@ struct Buckets<16> {
   }
 };
 
-// By the upper bits of a float: 64 buckets for each power of two from 2^-31 to 2, as many for each
-// sign. What is closer to zero counts as +-2^-31.
+// By the upper bits of a float16, to which values round: sign, exponent and 6 bits of the mantissa.
+// So there are 64 buckets for each power of two, for each sign. The scale brings 1 to 2^15: there
+// are buckets from 2^-29 on, and 64 of equal width below.
 template <>
 struct Buckets<256> {
   static constexpr int kNumber = 4096;
-  static constexpr int kShift = 23 - 6;  // of the 23 bits of the mantissa 6 are kept
+  static constexpr float kScale = 32768.0f;
 
-  // The bits above the shift are 2048 to 4095, modulo 4096, for magnitudes from 2^-31 to 2. Turned
-  // over they are 2047 to 0: so the buckets of negative values rise from 0 to 2047.
-  __device__ static uint32_t of(float value) {
-    const uint32_t magnitude = __float_as_uint(fmaxf(fabsf(value), 0x1p-31f));
-    const uint32_t sign = __float_as_int(value) >> 31;  // all bits, or none
-    return ((magnitude >> kShift) ^ sign) % kNumber;
+  // The shift is hidden from the compiler, which would else make two instructions of it and of the
+  // product with the size of an entry; a load multiplies by itself.
+  __device__ static uint32_t slot_of(float value) {
+    const uint32_t bits = same_bits<uint32_t>(__floats2half2_rn(value, 0.0f));
+    uint32_t slot;
+    asm("shr.u32 %0, %1, 4;" : "=r"(slot) : "r"(bits));
+    return slot;
+  }
+
+  // Slots are numbered by sign and magnitude.
+  __device__ static int rank(int slot) {
+    return slot < kNumber / 2 ? kNumber / 2 + slot : kNumber - 1 - slot;
   }
 
   __device__ static int of_any(float value) {
-    if (fabsf(value) < 2.0f) return of(value);
+    if (fabsf(value) < 2.0f * kScale) return rank(slot_of(value));
     return value < 0.0f ? -1 : kNumber;
   }
 };
@@ -69,15 +80,26 @@ struct NearestTable {
   Entry entries[Buckets<kLevels>::kNumber];
   int bucket_of[kLevels];  // of each threshold
 
+  // What values are multiplied by before they are looked up, or 0 where the table cannot serve:
+  // where absmax is 0, tiny, infinite or NaN.
+  __device__ static float factor(float absmax) {
+    const float factor = 1.0f / absmax * Buckets<kLevels>::kScale;
+    return factor > 0.0f && !isinf(factor) ? factor : 0.0f;
+  }
+
   // Called by all threads of a thread block, when the decisions are filled. True to all of them if
-  // the table can be used: if no bucket has more than one threshold.
+  // the table can be used: if no bucket has more than one threshold. (And if none is so close to 0
+  // that a value's own rounding there would decide, which the scale changes.)
   __device__ bool fill(const Decisions<kLevels>& decisions) {
+    bool is_right = true;
     if (threadIdx.x < kLevels) {
-      bucket_of[threadIdx.x] = Buckets<kLevels>::of_any(decisions.thresholds[threadIdx.x]);
+      const float threshold = decisions.thresholds[threadIdx.x];
+      bucket_of[threadIdx.x] = Buckets<kLevels>::of_any(threshold * Buckets<kLevels>::kScale);
+      is_right = Buckets<kLevels>::kScale == 1.0f || fabsf(threshold) >= 0x1p-126f;
     }
     __syncthreads();
-    bool is_right = true;
-    for (int bucket = threadIdx.x; bucket < Buckets<kLevels>::kNumber; bucket += kThreads) {
+    for (int slot = threadIdx.x; slot < Buckets<kLevels>::kNumber; slot += kThreads) {
+      const int bucket = Buckets<kLevels>::rank(slot);
       const int below = count<kLevels>([=](int i) { return bucket_of[i] < bucket; });
       int above = below;
       float threshold = __int_as_float(0x7f800000);  // infinity: nothing is above it
@@ -87,15 +109,15 @@ struct NearestTable {
         is_right = is_right && !is_in(bucket, above);
       }
       const uint32_t codes = decisions.codes[below] << kBits | decisions.codes[above];
-      entries[bucket] = {threshold, codes << (32 - 2 * kBits)};
+      entries[slot] = {threshold * Buckets<kLevels>::kScale, codes << (32 - 2 * kBits)};
     }
     return __syncthreads_and(is_right);
   }
 
-  // The code of a number from -1 to 1 (or a rounding beyond) in the uppermost bits; below them
-  // there may be anything.
+  // The code of a number from -1 to 1 (or a rounding beyond), times the scale, in the uppermost
+  // bits; below them there may be anything.
   __device__ uint32_t code(float value) const {
-    const Entry entry = entries[Buckets<kLevels>::of(value)];
+    const Entry entry = entries[Buckets<kLevels>::slot_of(value)];
     return value > entry.threshold ? entry.codes << kBits : entry.codes;
   }
 

@@ -55,17 +55,18 @@ __device__ float largest_magnitude(const uint32_t (&words)[kWords]) {
   return larger(first, Word<Value>::value(most, Word<Value>::kValues - 1));
 }
 
-// 32 bits of codes; code(i) has that of value i in its uppermost bits. The last one is shifted in
-// first, as the lowest byte is the first; of the two codes in a byte the even one is the upper.
+// 32 bits of codes; code(i) has that of value i in its uppermost bits. Of the two codes in a byte
+// the even one is the upper.
 template <int kLevels, typename Code>
 __device__ uint32_t pack_word(Code code) {
-  constexpr int kBits = NearestTable<kLevels>::kBits;
+  if constexpr (kLevels == 256) {
+    const uint32_t first = __byte_perm(code(0), code(1), 0x73);  // the uppermost bytes
+    const uint32_t second = __byte_perm(code(2), code(3), 0x73);
+    return __byte_perm(first, second, 0x5410);
+  }
   uint32_t packed = 0;
 #pragma unroll
-  for (int i = 32 / kBits - 1; i >= 0; --i) {
-    const int value = i ^ (kValuesPerByte<kLevels> - 1);
-    packed = __funnelshift_l(code(value), packed, kBits);
-  }
+  for (int i = 7; i >= 0; --i) packed = __funnelshift_l(code(i ^ 1), packed, 4);  // the last first
   return packed;
 }
 
@@ -113,9 +114,8 @@ __global__ void __launch_bounds__(kThreads)
                         : largest_of_neighbours<32>(most, block_shift);
     if (part >= parts) continue;
     if (is_first) absmax[part >> block_shift] = most;
-    const float reciprocal = 1.0f / most;
-    // Where no table serves, or absmax is 0, tiny, infinite or NaN, the plain rule.
-    if (!has_table || !(reciprocal > 0.0f) || isinf(reciprocal)) {
+    const float factor = NearestTable<kLevels>::factor(most);
+    if (!has_table || factor == 0.0f) {  // the plain rule
 #pragma unroll 1
       for (int64_t byte = part * kBytes; byte < (part + 1) * kBytes; ++byte) {
         packed[byte] = quantize_byte(x, byte * kValuesPerByte<kLevels>, parts * kPart, most,
@@ -130,8 +130,7 @@ __global__ void __launch_bounds__(kThreads)
       constexpr int kPerCodes = 4 * kValuesPerByte<kLevels>;
       codes[i] = pack_word<kLevels>([&](int j) {
         const int value = i * kPerCodes + j;
-        return table.code(Word<Value>::value(words[value / kPerWord], value % kPerWord) *
-                          reciprocal);
+        return table.code(Word<Value>::value(words[value / kPerWord], value % kPerWord) * factor);
       });
     }
     store_words(codes, packed + part * kBytes);

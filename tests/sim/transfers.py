@@ -90,7 +90,7 @@ def load(o: Options, operands: Operands) -> Run:
     return run
 
 
-@effect(rf"st(\.volatile)?{SPACE}{HINTS}{VECTOR}{TYPE}")
+@effect(rf"st(\.volatile)?{SPACE}(\.wb)?{HINTS}{VECTOR}{TYPE}")
 def store(o: Options, operands: Operands) -> Run:
     kind = o["type"]
     count = int(o["count"] or 1)
