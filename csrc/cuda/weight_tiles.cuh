@@ -42,14 +42,15 @@ class RowSource {
 
   __device__ RowSource(const Weight& weight, int block_shift, int64_t first_output, int warp, int,
                        int last, char*)
-      : weight_(weight), block_shift_(block_shift), last_(last), t_(threadIdx.x % 4) {
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
+      : weight_(weight), block_shift_(block_shift - 5), last_(last), t_(threadIdx.x % 4) {
+    const auto start_of = [&](int run) {
       const int64_t row = first_output + 32 * warp + threadIdx.x % 32 / 4 + 8 * run;
       // Outputs of rows beyond the last one are not stored.
-      rows_[run] = static_cast<uint32_t>(min(row, weight.rows - 1) * (weight.columns / 32));
-      if (run == t_) own_row_ = rows_[run];
-    }
+      return static_cast<uint32_t>(min(row, weight.rows - 1) * (weight.columns / 32));
+    };
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) rows_[run] = start_of(run);
+    own_row_ = start_of(t_);  // not rows_[t_]: no array of registers can be indexed
   }
 
   __device__ void start_copy(int) {}
@@ -58,15 +59,16 @@ class RowSource {
   // of 32 the other inputs meet zeros of x: any weights of the row will do.
   __device__ void load(int input) {
     const int start = input + 16 * t_ < last_ ? input + 16 * t_ : input;
+    const uint8_t* bytes = weight_.packed + start / 2;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      const int64_t element = int64_t{rows_[run]} * 32 + start;
-      words_[run] = *reinterpret_cast<const uint2*>(weight_.packed + element / 2);
+      words_[run] = *reinterpret_cast<const uint2*>(bytes + int64_t{rows_[run]} * 16);
     }
     // Of the four threads with the same rows, thread t loads the scales of run t.
-    const int64_t row = int64_t{own_row_} * 32 + input;
-    next_scales_[0] = weight_.scales.load(row >> block_shift_);
-    next_scales_[1] = weight_.scales.load((input + 32 < last_ ? row + 32 : row) >> block_shift_);
+    const uint32_t vector = own_row_ + input / 32;
+    const uint32_t next = input + 32 < last_ ? vector + 1 : vector;
+    next_scales_[0] = weight_.scales.load(vector >> block_shift_);
+    next_scales_[1] = weight_.scales.load(next >> block_shift_);
   }
 
   // Turns to the step that was loaded. unstretch: what scales are multiplied by.
@@ -99,7 +101,7 @@ class RowSource {
   static constexpr int kRuns = 4;
 
   const Weight& weight_;
-  const int block_shift_;
+  const int block_shift_;  // of vectors of 32 weights
   const int last_;
   const int t_;
   uint32_t rows_[kRuns];  // where they begin, in vectors of 32 weights
