@@ -26,7 +26,10 @@ NESTED_BLOCK_SIZE = 256
 ERROR_RATIO = 2.0
 
 # The CUDA kernel for many tokens rounds levels, scales and their products to the narrow dtype:
-# three roundings of a weight, where the formula in torch has one of the same size.
+# three roundings of a weight, where the formula in torch has one. Its mean square error is 1.5 to
+# 1.8 times torch's, so that the root is far from twice; but where a sum is of few terms, the
+# largest of a few errors may have all three roundings on one side. Scales of twice the precision
+# would spare one of them, for 0.6 instructions a weight, of which the ceilings leave half.
 TENSOR_CORE_ERROR_RATIO = 3.0
 
 # Torch's sum can be exact by luck, above all when it is short: one rounding of the sum of the
@@ -236,7 +239,7 @@ def assert_error_at_most_twice_torch(
     actual    the result under test
     by_torch  the same formula in plain torch, in the same dtype
     exact     float64
-    ratio     another bound than twice
+    ratio     another bound than twice, for the largest
     """
     assert actual.dtype == by_torch.dtype and actual.shape == by_torch.shape == exact.shape
     if exact.numel() == 0:
@@ -244,8 +247,9 @@ def assert_error_at_most_twice_torch(
     error = (actual.detach().double().cpu() - exact).abs()
     allowed = (by_torch.detach().double().cpu() - exact).abs()
     floor = FLOAT32_ROUNDING * exact.abs().max().item()
-    for measure in (torch.max, lambda t: t.square().mean().sqrt()):
-        measured, limit = measure(error).item(), ratio * measure(allowed).item() + floor
+    bounds = ((ratio, torch.max), (ERROR_RATIO, lambda t: t.square().mean().sqrt()))
+    for bound, measure in bounds:
+        measured, limit = measure(error).item(), bound * measure(allowed).item() + floor
         assert measured <= limit, f"error {measured:.3g} exceeds {limit:.3g}"
 
 

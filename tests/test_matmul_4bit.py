@@ -38,7 +38,7 @@ OPERATION = "matmul_4bit"
 FUSED_SUM = 16 * 2.0**-24
 
 # (shape of x without K, N, K, block size): one block, K that no block divides, blocks over several
-# rows, several blocks a row, odd counts, single columns, nothing (of one
+# rows, several blocks a row, odd counts, more tokens than few, single columns, nothing (of one
 # number torch may be right by luck, so that no size has one).
 SIZES = (
     ((1,), 16, 64, 64),
@@ -51,6 +51,7 @@ SIZES = (
     ((8,), 48, 512, 64),
     ((), 24, 96, 64),
     ((2, 3), 24, 96, 64),
+    ((3, 13), 24, 96, 64),
     ((0,), 24, 96, 64),
     ((2, 0, 3), 8, 16, 2),
     ((3,), 0, 16, 64),
