@@ -20,6 +20,7 @@ test: .venv/test/installed lint
 	.venv/test/bin/python -m pytest
 
 test-slow: .venv/test/installed
+	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[trl]'
 	.venv/test/bin/python -m pytest -m slow
 
 # Memory errors, undefined behaviour and data races in csrc/cpu; SANITIZE_ISAS=all for every
