@@ -16,7 +16,7 @@ from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
 from qlora_ref.evaluate import count_targets, summed_loss
 from qlora_ref.lora import lora_layers
 from qlora_ref.module4bit import Module4bit, layers_4bit
-from qlora_ref.optim import AdamW
+from qlora_ref.state_optimizer import StateOptimizer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def memory_report(
     dense = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     alive, gradients = _run_step(model, batch, trained)
     states = (tensor for state in optimizer.state.values() for tensor in state.values())
-    paging = optimizer.paging_report() if isinstance(optimizer, AdamW) else None
+    paging = optimizer.paging_report() if isinstance(optimizer, StateOptimizer) else None
     state_size = _size(states) + (paging.state_bytes if paging else 0)
     return MemoryReport(
         [

@@ -1,13 +1,14 @@
 """AdamW with its two moments in 32 bits, or in 8 bits with a scale for every 256 values.
 
 Source: Loshchilov and Hutter (arXiv 1711.05101); Dettmers et al., 8-bit Optimizers via Block-wise
-Quantization (arXiv 2110.02861). The arithmetic is ops.adamw_step.
+Quantization (arXiv 2110.02861). The arithmetic is ops.adamw_step; how the state is kept, paged and
+saved is in state_optimizer.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from qlora_ref import ops
-from qlora_ref.checks import check_gradients
 from qlora_ref.codebooks import dynamic_codebook
-from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
-from qlora_ref.paging.counters import PagingReport
-from qlora_ref.paging.layout import STATE_BITS, fields
+from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, Slice
+from qlora_ref.paging.layout import Fields, state_fields
+from qlora_ref.state_optimizer import StateOptimizer
 from qlora_ref.torch_adamw import from_torch_adamw
 
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they can be negative
 
-class AdamW(torch.optim.Optimizer):
+
+class AdamW(StateOptimizer):
     """Adam with decoupled weight decay; state of 8 bytes per parameter, or 2.03 with 8 bits.
 
     params          as for torch.optim.AdamW: tensors or groups, each group with its own options
@@ -44,9 +46,6 @@ class AdamW(torch.optim.Optimizer):
     that is full or fails; parameters and state are then as they were before it.
     """
 
-    # For an optimizer that comes from a pickle or a deepcopy: those are never paged.
-    _paged: PagedState | None = None
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -59,8 +58,6 @@ class AdamW(torch.optim.Optimizer):
         resident_bytes: int = DEFAULT_RESIDENT_BYTES,
         page_directory: Path | str | None = None,
     ) -> None:
-        if paged is not False:
-            self._paged = PagedState(paged, resident_bytes, page_directory)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -68,232 +65,45 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "state_bits": state_bits,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, paged, resident_bytes, page_directory)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own. Raises ValueError for options out of range."""
-        _check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+    def fields(self, group: dict[str, Any]) -> Fields:
+        """See StateOptimizer."""
+        return adamw_fields(group["state_bits"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        trained = [
-            [param for param in group["params"] if param.grad is not None]
-            for group in self.param_groups
-        ]
-        for params in trained:  # all of them, before the first one moves or is counted
-            _check_gradients(params)
-        self._make_states(trained)
-        # With copies of gradients, where they need them: once pages were stepped nothing may fail.
-        whole = [self._whole(p) for params in trained for p in params if not self._is_paged(p)]
-        self._count(trained, 1)
-        update = functools.partial(self._step_slices, _groups_of_params(self.param_groups))
-        if self._paged is not None:
-            try:
-                self._paged.step([p for params in trained for p in params], update)
-            except BaseException:
-                self._count(trained, -1)  # nothing else has changed
-                raise
-        update(whole)
-        return loss
-
-    def paging_report(self) -> PagingReport | None:
-        """What is paged, bytes moved, waits; None if the state is not paged."""
-        return None if self._paged is None else self._paged.report()
-
-    def _is_paged(self, param: Tensor) -> bool:
-        return self._paged is not None and param in self._paged
-
-    def _make_states(self, trained: list[list[Tensor]]) -> None:
-        """A state of zeros for each parameter that has none: all of them or, on an error, none."""
-        new = [
-            (param, group["state_bits"])
-            for group, params in zip(self.param_groups, trained)
-            for param in params
-            if not self.state.get(param)
-        ]
-        large = {param for param, bits in new if self._paged is not None and is_large(param, bits)}
-        zeros = {param: _zero_state(param, bits) for param, bits in new if param not in large}
-        if self._paged is not None:
-            self._paged.add([(param, bits) for param, bits in new if param in large])
-        for param, _ in new:
-            self.state[param] = {"step": 0, **zeros.get(param, {})}
-
-    def _count(self, trained: list[list[Tensor]], steps: int) -> None:
-        for params in trained:
-            for param in params:
-                self.state[param]["step"] += steps
-
-    def _whole(self, param: Tensor) -> Slice:
-        assert param.grad is not None
-        return Slice(param, param, param.grad.contiguous(), self.state[param])
-
-    def _step_slices(self, groups: dict[Tensor, dict[str, Any]], slices: list[Slice]) -> None:
-        """Update parameters or parts of them; those that one call can take together, together."""
-        batches: dict[Any, list[Slice]] = {}
-        for part in slices:
-            key = (id(groups[part.owner]), self.state[part.owner]["step"], part.param.device)
-            batches.setdefault(key, []).append(part)
-        for (_, step, _), batch in batches.items():
-            _step_alike(batch, groups[batch[0].owner], step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of torch; a paged state comes as tensors mapped from a file, as it is now."""
-        found = super().state_dict()
-        if self._paged is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            keys = [key for group in found["param_groups"] for key in group["params"]]
-            tensors = self._paged.read(params)
-            for param, key in zip(params, keys):
-                if param in tensors:
-                    found["state"][key] = {**found["state"][key], **tensors[param]}
-        return found
+    def step_alike(self, batch: list[Slice], group: dict[str, Any], step: int) -> None:
+        """See StateOptimizer."""
+        names = [field.name for field in self.fields(group)]
+        tensors: list[Any] = [[part.state[name] for part in batch] for name in names]
+        if group["state_bits"] == 8:
+            tensors += [_codebook(signed, batch[0].param.device) for signed in (True, False)]
+        ops.adamw_step(
+            [part.param for part in batch],
+            [part.grad for part in batch],
+            *tensors,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, of torch.optim.AdamW too; its groups' options come with it.
 
         Raises ValueError if it does not fit these parameters.
         """
-        state_dict = from_torch_adamw(state_dict)
-        if not all("state_bits" in group for group in state_dict["param_groups"]):
-            raise ValueError("the saved state is of another optimizer: its groups lack state_bits")
-        groups = zip(self.param_groups, state_dict["param_groups"])
-        saved = {
-            param: (key, theirs["state_bits"])
-            for mine, theirs in groups
-            for param, key in zip(mine["params"], theirs["params"])
-            if key in state_dict["state"]
-        }
-        for param, (key, bits) in saved.items():
-            _check_state(param, bits, state_dict["state"][key])
-        tensors = {
-            param: _tensors_of(state_dict["state"][key]) for param, (key, _) in saved.items()
-        }
-        pages = self._new_pages({param: bits for param, (_, bits) in saved.items()}, tensors)
-        # PyTorch would cast the tensors to the dtype of the parameter: it gets the rest only.
-        counts = {key: _without_tensors(state) for key, state in state_dict["state"].items()}
-        try:
-            super().load_state_dict({**state_dict, "state": counts})
-        except BaseException:
-            if pages is not None:
-                pages.free()
-            raise
-        if self._paged is not None and pages is not None:
-            self._paged.free()
-            self._paged = pages
-        for param, found in tensors.items():
-            if not self._is_paged(param):
-                copies = {n: t.to(param.device, copy=True).contiguous() for n, t in found.items()}
-                self.state[param].update(copies)
-
-    def _new_pages(
-        self, bits: dict[Tensor, int], tensors: dict[Tensor, dict[str, Tensor]]
-    ) -> PagedState | None:
-        """Pages that hold these states, beside those that are there; None if nothing is paged."""
-        if self._paged is None:
-            return None
-        pages = self._paged.twin()
-        try:
-            large = [(param, n) for param, n in bits.items() if is_large(param, n)]
-            pages.add(large)
-            pages.write({param: tensors[param] for param, _ in large})
-        except BaseException:
-            pages.free()
-            raise
-        return pages
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy."""
-        if self._paged is not None:
-            raise TypeError(
-                "a paged optimizer cannot be copied or pickled, its state is in pages: make "
-                "another one and load_state_dict(optimizer.state_dict())"
-            )
-        return super().__getstate__()
+        super().load_state_dict(from_torch_adamw(state_dict))
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= options[name]:
-            raise ValueError(f"{name} must be at least 0, got {options[name]}")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
-    if options["state_bits"] not in STATE_BITS:
-        raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
-
-
-def _check_gradients(params: list[Tensor]) -> None:
-    grads = [param.grad for param in params if param.grad is not None]
-    if any(grad.is_sparse for grad in grads):
-        raise ValueError("AdamW takes dense gradients; use torch.optim.SparseAdam for sparse")
-    check_gradients(params, grads)
-
-
-def _groups_of_params(groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-    return {param: group for group in groups for param in group["params"]}
-
-
-def _step_alike(batch: list[Slice], group: dict[str, Any], step: int) -> None:
-    names = [field.name for field in fields(group["state_bits"])]
-    tensors: list[Any] = [[part.state[name] for part in batch] for name in names]
-    if group["state_bits"] == 8:
-        tensors += [_codebook(signed, batch[0].param.device) for signed in (True, False)]
-    ops.adamw_step(
-        [part.param for part in batch],
-        [part.grad for part in batch],
-        *tensors,
-        lr=float(group["lr"]),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        step=step,
-    )
+@functools.cache
+def adamw_fields(state_bits: int) -> Fields:
+    """The tensors of AdamW's state: `MOMENTS`, and with 8 bits their scales."""
+    return state_fields(MOMENTS, state_bits)
 
 
 @functools.cache
 def _codebook(signed: bool, device: torch.device) -> Tensor:
     # Every step wants both; nothing changes them.
     return dynamic_codebook(signed).to(device)
-
-
-def _zero_state(param: Tensor, state_bits: int) -> dict[str, Tensor]:
-    return {
-        field.name: torch.full(
-            field.shape(param), field.fill, dtype=field.dtype, device=param.device
-        )
-        for field in fields(state_bits)
-    }
-
-
-def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-
-
-def _check_state(param: Tensor, state_bits: int, state: dict[str, Any]) -> None:
-    moment = state.get("exp_avg")
-    if not isinstance(moment, Tensor) or moment.shape != param.shape:
-        found = tuple(moment.shape) if isinstance(moment, Tensor) else sorted(state)
-        raise ValueError(
-            f"the saved state is of another model: a parameter of shape {tuple(param.shape)} "
-            f"meets a state of {found}"
-        )
-    for field in fields(state_bits):
-        value = state.get(field.name)
-        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (
-            field.shape(param),
-            field.dtype,
-        ):
-            raise ValueError(
-                f"the saved state has no {field.name} of {field.dtype} in shape "
-                f"{tuple(field.shape(param))}, which a state of {state_bits} bits has"
-            )

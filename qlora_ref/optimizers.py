@@ -1,24 +1,28 @@
 """Optimizers beyond AdamW: one class, one small function for each rule.
 
 A state is float32, or 8-bit codes with a scale for every 256 values that are decoded, updated and
-encoded again at each step. AdamW has kernels and pages of its own: optim.py.
+encoded again at each step. Paging, saving and loading are in state_optimizer.py; AdamW, which has
+kernels, in optim.py.
 Source of the 8-bit states: Dettmers et al. (arXiv 2110.02861).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_ref import ops
-from qlora_ref.checks import check_gradients
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
-
-Options = dict[str, Any]
+from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, Slice
+from qlora_ref.paging.layout import Fields, state_fields
+from qlora_ref.state_optimizer import Options, StateOptimizer
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class Rule:
 
     update   (param, grad, moments, options, step) -> None, all float32, in place; step from 1
     signed   for each moment, by name: whether it can be negative, which decides its 8-bit levels
+    whole    whether a step depends on all values of a parameter at once
     """
 
     update: Callable[[Tensor, Tensor, list[Tensor], Options, int], None]
     signed: dict[str, bool]
+    whole: bool = False
 
 
 def momentum(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
@@ -76,17 +82,33 @@ def ademamix(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step
         m = b1 m + (1 - b1) g;   s = b3 s + (1 - b3) g;   v = b2 v + (1 - b2) g^2
         p *= 1 - lr wd;   p -= lr (m / (1 - b1^t) + alpha s) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Source: Pagliardini et al. (arXiv 2409.03137), algorithm 1, without its warm-up of alpha and b3.
+    alpha grows from 0 in t_alpha steps, b3 from b1 in t_beta3 steps, if these are given.
+    Source: Pagliardini et al. (arXiv 2409.03137), algorithm 1 and its schedulers.
     """
     m, s, v = moments
-    beta1, beta2, beta3 = options["betas"]
+    beta1, beta2 = options["betas"][:2]
+    alpha, beta3 = _slow_mean(options, step)
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     s.mul_(beta3).add_(g, alpha=1 - beta3)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     p.mul_(1 - options["lr"] * options["weight_decay"])
-    direction = (m / (1 - beta1**step)).add_(s, alpha=options["alpha"])
+    direction = (m / (1 - beta1**step)).add_(s, alpha=alpha)
     root = (v / (1 - beta2**step)).sqrt_().add_(options["eps"])
     p.addcdiv_(direction, root, value=-options["lr"])
+
+
+def _slow_mean(options: Options, step: int) -> tuple[float, float]:
+    """alpha and b3 at a step:  alpha t / T,  and b3 with half-lives that grow in equal steps.
+
+    exp(ln b1 ln b3 / ((1 - t/T) ln b3 + t/T ln b1)), from b1 at t = 0 to b3 at t = T.
+    """
+    alpha, (beta1, _, beta3) = options["alpha"], options["betas"]
+    if options["t_alpha"]:
+        alpha *= min(1.0, step / options["t_alpha"])
+    if options["t_beta3"] and step < options["t_beta3"] and beta1 > 0:
+        done, first, last = step / options["t_beta3"], math.log(beta1), math.log(beta3)
+        beta3 = math.exp(first * last / ((1 - done) * last + done * first))
+    return alpha, beta3
 
 
 def lars(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
@@ -134,13 +156,13 @@ RULES = {
     "rmsprop": Rule(rmsprop, {"square": False}),
     "adagrad": Rule(adagrad, {"sum": False}),
     "lion": Rule(lion, {"momentum": True}),
-    "lars": Rule(lars, {"momentum": True}),
-    "lamb": Rule(lamb, {"momentum": True, "square": False}),
+    "lars": Rule(lars, {"momentum": True}, whole=True),
+    "lamb": Rule(lamb, {"momentum": True, "square": False}, whole=True),
     "ademamix": Rule(ademamix, {"fast": True, "slow": True, "square": False}),
 }
 
 
-class RuleOptimizer(torch.optim.Optimizer):
+class RuleOptimizer(StateOptimizer):
     """An optimizer with one of `RULES`.
 
     params          as for torch.optim: tensors or groups, each with its own options
@@ -148,9 +170,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     lr, eps, weight_decay   float, >= 0
     betas           floats in [0, 1): as many as the rule has, of which the first is the momentum
     alpha           float, >= 0; of ademamix only
+    t_alpha, t_beta3   int or None: steps in which these two of ademamix reach their values
     max_unorm       float, >= 0; of lars and lamb: the longest step, beside the parameter's norm
     state_bits      32 or 8
-    smallest_8bit   parameters with fewer values keep a state of 32 bits
+    paged, resident_bytes, page_directory   as for optim.AdamW; not for lars and lamb, whose steps
+                    depend on a whole parameter
 
     Parameters of other dtypes are updated in float32 and rounded once. One without a gradient is
     left alone. Raises ValueError for options out of range, and for gradients that do not fit,
@@ -167,93 +191,68 @@ class RuleOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         alpha: float = 0.0,
         state_bits: int = 32,
-        smallest_8bit: int = 0,
         max_unorm: float = 1.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        paged: bool | str = False,
+        resident_bytes: int = DEFAULT_RESIDENT_BYTES,
+        page_directory: Path | str | None = None,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
-        self.rule, self.smallest_8bit = RULES[rule], smallest_8bit
+        if paged is not False and RULES[rule].whole:
+            raise ValueError(
+                f"a step of {rule} depends on the norm of a whole parameter, and a page holds a "
+                "part of one: use paged=False"
+            )
         defaults: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "state_bits": state_bits, "max_unorm": max_unorm}
-        super().__init__(params, defaults)
+        defaults |= {"rule": rule, "t_alpha": t_alpha, "t_beta3": t_beta3}
+        super().__init__(params, defaults, paged, resident_bytes, page_directory)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own. Raises ValueError for options out of range."""
-        options = {**self.defaults, **param_group}
-        for name in ("lr", "eps", "weight_decay", "alpha", "max_unorm"):
-            if not 0 <= options[name]:
-                raise ValueError(f"{name} must be at least 0, got {options[name]}")
-        if not all(0 <= beta < 1 for beta in options["betas"]):
-            raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
-        if options["state_bits"] not in (8, 32):
-            raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
-        super().add_param_group(param_group)
+    def fields(self, group: Options) -> Fields:
+        """See StateOptimizer."""
+        return _fields(group["rule"], group["state_bits"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            trained = [param for param in group["params"] if param.grad is not None]
-            check_gradients(trained, [param.grad for param in trained])
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_one(param, group)
-        return loss
-
-    def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
-        assert param.grad is not None
-        state = self.state[param]
-        if not state:
-            state["step"] = 0
-            bits = group["state_bits"] if param.numel() >= self.smallest_8bit else 32
-            zeros = torch.zeros_like(param, dtype=torch.float32)
-            for name, signed in self.rule.signed.items():
-                state.update(_encode(name, zeros.clone(), bits, signed))
-        state["step"] += 1
-        moments = [_decode(state, name, signed) for name, signed in self.rule.signed.items()]
-        values = param.float()  # the parameter itself, if that is what it is
-        self.rule.update(values, param.grad.float().clone(), moments, group, state["step"])
-        if values is not param:
-            param.copy_(values)
-        for (name, signed), moment in zip(self.rule.signed.items(), moments):
-            if state[name].dtype == torch.uint8:
-                state.update(_encode(name, moment, 8, signed))
+    def step_alike(self, batch: list[Slice], group: Options, step: int) -> None:
+        """See StateOptimizer."""
+        rule = RULES[group["rule"]]
+        for part in batch:
+            moments = [_decode(part.state, *moment) for moment in rule.signed.items()]
+            values = part.param.float()  # the parameter itself, if that is what it is
+            rule.update(values, part.grad.float().clone(), moments, group, step)
+            if values is not part.param:
+                part.param.copy_(values)
+            for (name, signed), moment in zip(rule.signed.items(), moments):
+                _encode(part.state, name, signed, moment)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state. Raises ValueError if it does not fit these parameters."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for param, key in zip(params, keys):
-            saved = state_dict["state"].get(key, {})
-            for name in self.rule.signed if saved else ():
-                if name not in saved or saved[name].shape != param.shape:
-                    raise ValueError(
-                        f"the saved state is of another model or rule: a parameter of shape "
-                        f"{tuple(param.shape)} meets {sorted(saved)}"
-                    )
+        mine, theirs = (
+            sorted({str(group.get("rule")) for group in groups})
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        if mine != theirs:
+            raise ValueError(f"the saved state is of the rule {theirs}, this optimizer has {mine}")
         super().load_state_dict(state_dict)
-        # PyTorch casts every tensor to the dtype of its parameter: put back what was saved.
-        for param, key in zip(params, keys):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][name] = value.to(param.device, copy=True)
 
 
-def _encode(name: str, moment: Tensor, bits: int, signed: bool) -> dict[str, Tensor]:
-    if bits == 32:
-        return {name: moment}
-    table = dynamic_codebook(signed).to(moment.device)
-    codes, absmax = ops.quantize_8bit(moment, table, DYNAMIC_BLOCK_SIZE, check_finite=False)
-    return {name: codes, f"{name}_absmax": absmax}
+@functools.cache
+def _fields(rule: str, state_bits: int) -> Fields:
+    return state_fields(RULES[rule].signed, state_bits)
 
 
-def _decode(state: dict[str, Tensor], name: str, signed: bool) -> Tensor:
+def _decode(state: Mapping[str, Tensor], name: str, signed: bool) -> Tensor:
     if state[name].dtype != torch.uint8:
         return state[name]
     table = dynamic_codebook(signed).to(state[name].device)
     return ops.dequantize_8bit(state[name], state[f"{name}_absmax"], table)
+
+
+def _encode(state: Mapping[str, Tensor], name: str, signed: bool, moment: Tensor) -> None:
+    if state[name].dtype != torch.uint8:  # the rule has changed it in place
+        return
+    table = dynamic_codebook(signed).to(moment.device)
+    codes, absmax = ops.quantize_8bit(moment, table, DYNAMIC_BLOCK_SIZE, check_finite=False)
+    state[name].copy_(codes.view_as(state[name]))
+    state[f"{name}_absmax"].copy_(absmax)

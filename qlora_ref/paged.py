@@ -22,7 +22,7 @@ from qlora_ref.paging.cuda_calls import TorchCuda
 from qlora_ref.paging.cuda_tiers import PinnedTier, UnifiedTier
 from qlora_ref.paging.file_tier import FileTier
 from qlora_ref.paging.files import check_directory, default_directory, mapped_file
-from qlora_ref.paging.layout import Piece, aligned, cut_pages, fields, state_bytes
+from qlora_ref.paging.layout import Fields, Piece, aligned, cut_pages, state_bytes
 from qlora_ref.paging.tier import Tier, page_size
 from qlora_ref.paging.undo import Undo
 
@@ -45,9 +45,9 @@ class Slice:
 Update = Callable[[list[Slice]], None]
 
 
-def is_large(param: Tensor, state_bits: int) -> bool:
+def is_large(param: Tensor, fields: Fields) -> bool:
     """Whether the state of a parameter is paged: from SMALLEST_PAGED_STATE bytes on."""
-    return state_bytes(param.numel(), state_bits) >= SMALLEST_PAGED_STATE
+    return state_bytes(param.numel(), fields) >= SMALLEST_PAGED_STATE
 
 
 class PagedState:
@@ -84,8 +84,8 @@ class PagedState:
     def __contains__(self, param: Tensor) -> bool:
         return param in self._pages_of
 
-    def add(self, params: list[tuple[Tensor, int]]) -> None:
-        """Make pages for parameters, given with the bits of their state.
+    def add(self, params: list[tuple[Tensor, Fields]]) -> None:
+        """Make pages for parameters, given with the tensors of their state.
 
         For all of them or, where an error is raised, for none.
         """
@@ -259,7 +259,7 @@ class PagedState:
 
     def _mapped_states(self, params: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """Tensors for the state of parameters, in one mapped file: each mapping keeps one open."""
-        wanted = [(param, field) for param in params for field in fields(self._bits_of(param))]
+        wanted = [(param, field) for param in params for field in self._fields_of(param)]
         sizes = [aligned(field.nbytes(param.numel())) for param, field in wanted]
         file = mapped_file(sum(sizes), Path(self._options[2] or default_directory()))
         found: dict[Tensor, dict[str, Tensor]] = {param: {} for param in params}
@@ -271,9 +271,9 @@ class PagedState:
             offset += size
         return found
 
-    def _bits_of(self, param: Tensor) -> int:
+    def _fields_of(self, param: Tensor) -> Fields:
         pieces = self._pages[self._pages_of[param][0]]
-        return next(piece.state_bits for piece in pieces if piece.param is param)
+        return next(piece.fields for piece in pieces if piece.param is param)
 
     def _watch(self, param: Tensor) -> None:
         """Have the first pages brought in by the last backward before a step."""

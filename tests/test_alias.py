@@ -215,7 +215,6 @@ def test_what_belongs_to_int8_says_so() -> None:
         (lambda x: F.dequantize_blockwise(x.byte()), ValueError, "absmax"),
         (lambda x: F.gemv_4bit(x, x), ValueError, "state"),
         (lambda x: ours.matmul_4bit(x, x, None), ValueError, "quant_state"),
-        (lambda x: ours.optim.PagedLion8bit([x]), NotImplementedError, "PagedLion8bit"),
         (lambda x: ours.optim.AdamW([x], amsgrad=True), NotImplementedError, "amsgrad"),
         (lambda x: F.QuantState.from_dict({"absmax": x}, "cpu"), ValueError, "quant_state"),
     ],

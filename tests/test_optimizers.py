@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +24,13 @@ CASES: dict[str, dict[str, Any]] = {
     "Adagrad": DECAY,
     "Lion": DECAY,
     "AdEMAMix": DECAY,
+    "AdEMAMix-warm": {**DECAY, "t_alpha": 4, "t_beta3": 4},
     "LARS": {**DECAY, "momentum": 0.9},
     "LAMB": DECAY,
     "Adam": DECAY,
 }
-EIGHT_BITS = [name for name in CASES if name != "Adam"]
+EIGHT_BITS = [name for name in CASES if name not in ("Adam", "AdEMAMix-warm")]
+PAGED = ["Lion", "AdEMAMix"]  # by name; others with RuleOptimizer(..., paged=True)
 # Each step rounds the parameter, about 1, and a step of about 0.01 a few times.
 ROUNDINGS = STEPS * 4 * 2.0**-24
 
@@ -48,8 +51,9 @@ def run(cls: Any, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[T
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_bitsandbytes(name: str) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes==0.50.2")
-    expected = run(getattr(bnb.optim, name), **CASES[name])[0]
-    found = run(getattr(ours, name), **CASES[name])[0]
+    optimizer = name.partition("-")[0]
+    expected = run(getattr(bnb.optim, optimizer), **CASES[name])[0]
+    found = run(getattr(ours, optimizer), **CASES[name])[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=8 * ROUNDINGS)
 
 
@@ -117,7 +121,7 @@ def test_8_bit_moments_are_the_nearest_levels_after_each_step(name: str) -> None
         eight.step()
         exact.step()
         assert torch.equal(param, twin)  # the step itself is in float32
-        for moment, signed in eight.rule.signed.items():
+        for moment, signed in moments_of(eight).items():
             levels = codebooks.dynamic_codebook(signed)
             expected = exact.state[twin][moment].flatten()
             blocks = nn.functional.pad(expected, (0, -expected.numel() % 256)).view(-1, 256)
@@ -130,11 +134,15 @@ def test_8_bit_moments_are_the_nearest_levels_after_each_step(name: str) -> None
             assert ((levels[codes].double() - scaled).abs() <= nearest + 3 * 2.0**-24).all()
 
 
+def moments_of(optimizer: RuleOptimizer) -> dict[str, bool]:
+    return RULES[optimizer.defaults["rule"]].signed
+
+
 def restored(optimizer: RuleOptimizer, param: Tensor) -> dict[str, Any]:
     """The state by name, with moments in float32 as their codes say."""
     state = optimizer.state[param]
     found: dict[str, Any] = {"step": state["step"]}
-    for moment, signed in optimizer.rule.signed.items():
+    for moment, signed in moments_of(optimizer).items():
         levels = codebooks.dynamic_codebook(signed)[state[moment].flatten().int()]
         scales = state[f"{moment}_absmax"].repeat_interleave(256)[: levels.numel()]
         found[moment] = (levels * scales).reshape(param.shape)
@@ -147,7 +155,7 @@ def test_small_parameters_keep_32_bits(name: str) -> None:
     optimizer = getattr(ours, f"{name}8bit")([param], **CASES[name])
     param.grad = torch.ones_like(param)
     optimizer.step()
-    moment = next(iter(optimizer.rule.signed))
+    moment = next(iter(moments_of(optimizer)))
     assert optimizer.state[param][moment].dtype == torch.float32
 
 
@@ -186,10 +194,87 @@ def test_training_goes_on_from_a_saved_state(rule: str, bits: int) -> None:
             twin.grad = grad.bfloat16()
             other.step()
     assert torch.equal(param, twin)
-    with pytest.raises(ValueError, match="another model or rule"):
+    with pytest.raises(ValueError, match="another model"):
         RuleOptimizer([nn.Parameter(normal(3))], rule, **options).load_state_dict(
             copy.deepcopy(optimizer.state_dict())
         )
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    lion, other = (RuleOptimizer([nn.Parameter(normal(4))], r, lr=0.1) for r in ("lion", "adagrad"))
+    with pytest.raises(ValueError, match=r"of the rule \['adagrad'\].*\['lion'\]"):
+        lion.load_state_dict(other.state_dict())
+
+
+# Paged.
+
+
+def large_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    """Several pages' worth, with a short last block, and one that is not paged."""
+    shapes = ((700, 601), (513, 512), (40, 30))
+    return [nn.Parameter(normal(*shape, seed=n).to(dtype)) for n, shape in enumerate(shapes)]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    for number, param in enumerate(params):
+        param.grad = normal(*param.shape, seed=10 * step + number).to(param.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.whole])
+def test_a_paged_state_gives_the_bits_of_one_in_memory(
+    tmp_path: Path, rule: str, bits: int, dtype: torch.dtype
+) -> None:
+    betas = (0.9, 0.99, 0.999)[: 2 if rule == "lion" else 3]
+    options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "state_bits": bits}
+    pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
+    plain, paged = (
+        RuleOptimizer(large_parameters(dtype), rule, **options, **more) for more in ({}, pages)
+    )
+    for step in range(3):
+        for optimizer in (plain, paged):
+            set_gradients(optimizer.param_groups[0]["params"], step)
+            optimizer.step()
+    report = paged.paging_report()
+    assert report is not None and report.streamed_bytes > 0
+    for one, other in zip(*(o.param_groups[0]["params"] for o in (plain, paged))):
+        assert torch.equal(one, other)
+    states = [o.state_dict()["state"] for o in (plain, paged)]
+    for key, state in states[0].items():
+        assert state.keys() == states[1][key].keys()
+        for name, value in state.items():
+            same = torch.equal if isinstance(value, Tensor) else lambda a, b: a == b
+            assert same(value, states[1][key][name])
+    again = RuleOptimizer(large_parameters(dtype), rule, **options, **pages)
+    again.load_state_dict(plain.state_dict())
+    for one, other in zip(*(o.param_groups[0]["params"] for o in (paged, again))):
+        other.data.copy_(one)
+    for optimizer in (paged, again):
+        set_gradients(optimizer.param_groups[0]["params"], 3)
+        optimizer.step()
+    for one, other in zip(*(o.param_groups[0]["params"] for o in (paged, again))):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bits", ["", "32bit", "8bit"])
+@pytest.mark.parametrize("name", PAGED)
+def test_the_paged_ones_under_bitsandbytes_names_page(name: str, bits: str) -> None:
+    params = large_parameters(torch.float32)
+    optimizer = getattr(ours, f"Paged{name}{bits}")(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    report = optimizer.paging_report()
+    count = {"Lion": 1, "AdEMAMix": 3}[name]
+    values = params[0].numel() + params[1].numel()
+    width = 1 + 4 / 256 if bits == "8bit" else 4
+    assert report.state_bytes == pytest.approx(count * width * values, rel=0.01)
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb"])
+def test_rules_that_look_at_a_whole_parameter_are_not_paged(rule: str) -> None:
+    with pytest.raises(ValueError, match="norm of a whole parameter.*paged=False"):
+        RuleOptimizer([nn.Parameter(normal(4))], rule, lr=0.1, paged=True)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +299,9 @@ def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
         ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
         ("RMSprop", {"centered": True}),
         ("Adagrad", {"lr_decay": 0.1}),
-        ("AdEMAMix", {"t_alpha": 100}),
-        ("Lion", {"is_paged": True}),
         ("LAMB", {"bias_correction": False}),
         ("LARS", {"lr": 0.1}),
-        ("PagedLion", {}),
+        ("PytorchLARS", {}),
     ],
 )
 def test_what_is_not_available_says_so(name: str, options: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import transformers
 
 from qlora_ref import AdamW, add_lora, convert_model
 from qlora_ref.integrations.trainer import use_for_optimizer_names
+from qlora_ref.optimizers import RuleOptimizer
 
 TOKENS = torch.arange(16)
 
@@ -91,10 +92,40 @@ def test_paged_training_gives_the_bits_of_training_in_memory(tmp_path: Path) -> 
         assert torch.equal(weight, results[1][name])
 
 
-@pytest.mark.parametrize("name", ["lion_8bit", "rmsprop_bnb", "ademamix"])
-def test_other_optimizers_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        trainer(tmp_path, optim=name, max_steps=1).create_optimizer()
+@pytest.mark.parametrize(
+    "name, rule, bits, betas",
+    [
+        ("lion_8bit", "lion", 8, (0.9, 0.999)),
+        ("paged_lion_32bit", "lion", 32, (0.9, 0.999)),
+        ("rmsprop_bnb", "rmsprop", 32, (0.5,)),
+        ("rmsprop_bnb_8bit", "rmsprop", 8, (0.5,)),
+        ("ademamix", "ademamix", 32, (0.9, 0.999, 0.7)),
+        ("paged_ademamix_8bit", "ademamix", 8, (0.9, 0.999, 0.7)),
+    ],
+)
+def test_other_names_give_the_other_rules(
+    tmp_path: Path, name: str, rule: str, bits: int, betas: tuple[float, ...]
+) -> None:
+    arguments = {"rmsprop": "alpha=0.5", "ademamix": "beta3=0.7,t_alpha=3"}.get(rule)
+    optimizer = trainer(tmp_path, optim=name, optim_args=arguments, max_steps=1).create_optimizer()
+    assert isinstance(optimizer, RuleOptimizer)
+    found = optimizer.defaults
+    assert (found["rule"], found["state_bits"], found["betas"]) == (rule, bits, betas)
+    assert (optimizer.paging_report() is not None) == name.startswith("paged")
+    assert found["t_alpha"] == (3 if rule == "ademamix" else None)
+
+
+def test_every_name_of_bitsandbytes_trains(tmp_path: Path) -> None:
+    from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+
+    model = torch.nn.Linear(4, 4)
+    for name in _BITSANDBYTES_OPTIMIZERS:
+        run = trainer(tmp_path, optim=name.value, max_steps=1)
+        cls, options = run.get_optimizer_cls_and_kwargs(run.args, run.model)
+        before = model.weight.detach().clone()
+        model(torch.ones(1, 4)).sum().backward()
+        cls(model.parameters(), **options).step()
+        assert not torch.equal(model.weight, before)
 
 
 def test_the_switch_can_be_undone(tmp_path: Path) -> None:

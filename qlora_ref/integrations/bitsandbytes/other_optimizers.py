@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_ref.integrations.bitsandbytes.optim_variants import Overridable
 from qlora_ref.optimizers import RuleOptimizer
 
 
@@ -14,10 +15,8 @@ def _refuse(options: dict[str, Any]) -> None:
         raise NotImplementedError(f"not available: {asked}; leave these options out")
 
 
-class SGD(RuleOptimizer):
+class SGD(Overridable, RuleOptimizer):
     """SGD with momentum, which must not be 0; a weight decay is added to the gradient."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -35,13 +34,12 @@ class SGD(RuleOptimizer):
         if momentum == 0:
             raise NotImplementedError("SGD without momentum has no state: use torch.optim.SGD")
         bits, betas = self._bits or optim_bits, (momentum,)
-        super().__init__(params, "momentum", lr, betas, 0.0, weight_decay, 0.0, bits, min_8bit_size)
+        self._smallest = min_8bit_size
+        super().__init__(params, "momentum", lr, betas, 0.0, weight_decay, state_bits=bits)
 
 
-class LARS(RuleOptimizer):
+class LARS(Overridable, RuleOptimizer):
     """SGD with momentum, each step at most `max_unorm` times as long as the parameter."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -60,14 +58,13 @@ class LARS(RuleOptimizer):
         if momentum == 0:
             raise NotImplementedError("LARS without momentum is not available: pass momentum=0.9")
         bits, betas = self._bits or optim_bits, (momentum,)
-        options = (betas, 0.0, weight_decay, 0.0, bits, min_8bit_size, max_unorm)
+        self._smallest = min_8bit_size
+        options = (betas, 0.0, weight_decay, 0.0, bits, max_unorm)
         super().__init__(params, "lars", lr, *options)
 
 
-class LAMB(RuleOptimizer):
+class LAMB(Overridable, RuleOptimizer):
     """AdamW, each step at most `max_unorm` times as long as the parameter."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -88,14 +85,13 @@ class LAMB(RuleOptimizer):
         if not (bias_correction and adam_w_mode):
             raise NotImplementedError("LAMB is available with bias_correction and adam_w_mode only")
         bits = self._bits or optim_bits
-        options = (betas, eps, weight_decay, 0.0, bits, min_8bit_size, max_unorm)
+        self._smallest = min_8bit_size
+        options = (betas, eps, weight_decay, 0.0, bits, max_unorm)
         super().__init__(params, "lamb", lr, *options)
 
 
-class RMSprop(RuleOptimizer):
+class RMSprop(Overridable, RuleOptimizer):
     """RMSprop; a weight decay is added to the gradient."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -112,13 +108,12 @@ class RMSprop(RuleOptimizer):
     ) -> None:
         _refuse({"momentum": momentum, "centered": centered})
         bits, betas = self._bits or optim_bits, (alpha,)
-        super().__init__(params, "rmsprop", lr, betas, eps, weight_decay, 0.0, bits, min_8bit_size)
+        self._smallest = min_8bit_size
+        super().__init__(params, "rmsprop", lr, betas, eps, weight_decay, state_bits=bits)
 
 
-class Adagrad(RuleOptimizer):
+class Adagrad(Overridable, RuleOptimizer):
     """Adagrad; a weight decay is added to the gradient."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -134,13 +129,12 @@ class Adagrad(RuleOptimizer):
     ) -> None:
         _refuse({"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value})
         bits = self._bits or optim_bits
-        super().__init__(params, "adagrad", lr, (), eps, weight_decay, 0.0, bits, min_8bit_size)
+        self._smallest = min_8bit_size
+        super().__init__(params, "adagrad", lr, (), eps, weight_decay, state_bits=bits)
 
 
-class Lion(RuleOptimizer):
+class Lion(Overridable, RuleOptimizer):
     """Lion with decoupled weight decay."""
-
-    _bits: int | None = None
 
     def __init__(
         self,
@@ -153,15 +147,13 @@ class Lion(RuleOptimizer):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        _refuse({"is_paged": is_paged})
-        bits = self._bits or optim_bits
-        super().__init__(params, "lion", lr, betas, 0.0, weight_decay, 0.0, bits, min_8bit_size)
+        self._smallest = min_8bit_size
+        bits, paged = self._bits or optim_bits, self._always_paged or is_paged
+        super().__init__(params, "lion", lr, betas, 0.0, weight_decay, state_bits=bits, paged=paged)
 
 
-class AdEMAMix(RuleOptimizer):
-    """AdEMAMix with decoupled weight decay, without the warm-up of alpha and beta3."""
-
-    _bits: int | None = None
+class AdEMAMix(Overridable, RuleOptimizer):
+    """AdEMAMix with decoupled weight decay; alpha and beta3 grow in t_alpha and t_beta3 steps."""
 
     def __init__(
         self,
@@ -177,23 +169,7 @@ class AdEMAMix(RuleOptimizer):
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
-        _refuse({"t_alpha": t_alpha, "t_beta3": t_beta3, "is_paged": is_paged})
-        bits = self._bits or optim_bits
-        super().__init__(
-            params, "ademamix", lr, betas, eps, weight_decay, alpha, bits, min_8bit_size
-        )
-
-
-def _with_bits(cls: type[RuleOptimizer], bits: int) -> Any:
-    name = f"{cls.__name__}{bits}bit"
-    text = f"{cls.__name__} with a state of {bits} bits."
-    return type(name, (cls,), {"_bits": bits, "__doc__": text, "__module__": __name__})
-
-
-SGD32bit, SGD8bit = _with_bits(SGD, 32), _with_bits(SGD, 8)
-LARS32bit, LARS8bit = _with_bits(LARS, 32), _with_bits(LARS, 8)
-LAMB32bit, LAMB8bit = _with_bits(LAMB, 32), _with_bits(LAMB, 8)
-RMSprop32bit, RMSprop8bit = _with_bits(RMSprop, 32), _with_bits(RMSprop, 8)
-Adagrad32bit, Adagrad8bit = _with_bits(Adagrad, 32), _with_bits(Adagrad, 8)
-Lion32bit, Lion8bit = _with_bits(Lion, 32), _with_bits(Lion, 8)
-AdEMAMix32bit, AdEMAMix8bit = _with_bits(AdEMAMix, 32), _with_bits(AdEMAMix, 8)
+        self._smallest = min_8bit_size
+        bits, paged = self._bits or optim_bits, self._always_paged or is_paged
+        warm_up: Any = {"t_alpha": t_alpha, "t_beta3": t_beta3, "paged": paged}
+        super().__init__(params, "ademamix", lr, betas, eps, weight_decay, alpha, bits, **warm_up)
