@@ -135,7 +135,7 @@ def lamb(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: in
     the norm is that of the corrected direction with the decay, and the factor may be above 1.
     """
     m, v = moments
-    beta1, beta2 = options["betas"]
+    beta1, beta2 = options["betas"][:2]
     root = (1 - beta2**step) ** 0.5
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

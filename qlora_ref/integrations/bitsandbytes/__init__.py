@@ -22,6 +22,8 @@ __version__ = "0.50.2"  # of the surface; the library's own is qlora_ref.__versi
 features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda", "meta"}
 
+modules, adam = nn.modules, optim  # their older names
+
 matmul = no_int8("matmul")
 MatmulLtState = no_int8("MatmulLtState")
 

@@ -1,11 +1,12 @@
 """bitsandbytes.functional: its names and arguments on our operations.
 
 4 bits: quantized.quantize and QuantizedTensor. 8 bits: ops.quantize_8bit, exact nearest levels.
-What belongs to LLM.int8 raises NotImplementedError.
+What is not here, LLM.int8 above all, raises NotImplementedError.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +21,12 @@ from qlora_ref.integrations.bitsandbytes.codebook_makers import (
     create_linear_map,
     create_normal_map,
 )
+from qlora_ref.integrations.bitsandbytes.optimizer_updates import (
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
+)
 from qlora_ref.integrations.bitsandbytes.quant_state import QuantState
+from qlora_ref.integrations.bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 from qlora_ref.quantized import quantize
 
 __all__ = [
@@ -35,10 +41,14 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "optimizer_update_32bit",
+    "optimizer_update_8bit_blockwise",
+    "pack_dict_to_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
+    "unpack_tensor_to_dict",
 ]
 
 _BLOCK_SIZE = 64
@@ -253,17 +263,32 @@ def _whole_table(levels: Tensor) -> Tensor:
     return torch.cat([levels.float(), levels[-1:].float().expand(max(0, missing))])
 
 
-def no_int8(name: str) -> Any:
-    """A function that says of a name that it is not available."""
+def has_avx512bf16() -> bool:
+    """False: programs ask it in order to repack weights, and no weight here is ever repacked."""
+    return False
+
+
+def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
+    """The address of a tensor's values."""
+    return None if A is None else ctypes.c_void_p(A.data_ptr())
+
+
+def absent(name: str, why: str) -> Any:
+    """A function that says of a name that it is not available, and why."""
 
     def missing(*arguments: Any, **options: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name} belongs to LLM.int8, which qlora_ref does not have; its 4-bit layers do not "
-            "need it"
-        )
+        raise NotImplementedError(f"{name} {why}")
 
     missing.__name__ = name
     return missing
+
+
+def no_int8(name: str) -> Any:
+    """The same of a name that belongs to LLM.int8."""
+    return absent(
+        name,
+        "belongs to LLM.int8, which qlora_ref does not have; its 4-bit layers do not need it",
+    )
 
 
 int8_vectorwise_quant = no_int8("int8_vectorwise_quant")
@@ -271,3 +296,12 @@ int8_vectorwise_dequant = no_int8("int8_vectorwise_dequant")
 int8_linear_matmul = no_int8("int8_linear_matmul")
 int8_mm_dequant = no_int8("int8_mm_dequant")
 int8_double_quant = no_int8("int8_double_quant")
+igemm = no_int8("igemm")
+batched_igemm = no_int8("batched_igemm")
+check_matmul = no_int8("check_matmul")
+
+_PAGES = "moves CUDA's managed memory by hand; here optimizers page by themselves (is_paged=True)"
+get_paged = absent("get_paged", _PAGES)
+prefetch_tensor = absent("prefetch_tensor", _PAGES)
+fill = absent("fill", _PAGES)
+elementwise_func = absent("elementwise_func", _PAGES)

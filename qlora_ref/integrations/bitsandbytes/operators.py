@@ -39,6 +39,18 @@ _SCHEMAS = {
         "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
         "Tensor? absmax_offset=None) -> Tensor"
     ),
+    "optimizer_update_32bit": (
+        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+        "Tensor(a3!)? state2, Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, "
+        "float beta1, float beta2, float beta3, float alpha, float eps, float weight_decay, "
+        "int step, float lr, float gnorm_scale, bool skip_zeros=False) -> ()"
+    ),
+    "optimizer_update_8bit_blockwise": (
+        "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+        "Tensor(a3!)? state2, float beta1, float beta2, float beta3, float alpha, float eps, "
+        "int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1, "
+        "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()"
+    ),
 }
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -113,6 +125,34 @@ def _gemm_4bit(
     return F.matmul(A, B, state, bias)
 
 
+def _optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    max_unorm: float,
+    param_norm: float,  # which the rules work out
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    numbers = (beta2, beta3, alpha, weight_decay, gnorm_scale, unorm_vec, max_unorm, skip_zeros)
+    F.optimizer_update_32bit(optimizer_name, g, p, state1, beta1, eps, step, lr, state2, *numbers)
+
+
+def _fake_update(*arguments: Any, **options: Any) -> None:
+    return None
+
+
 def _fake_quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -144,6 +184,8 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "gemv_4bit": (_gemv_4bit, _fake_matmul),
     "gemm_4bit": (_gemm_4bit, _fake_matmul),
+    "optimizer_update_32bit": (_optimizer_update_32bit, _fake_update),
+    "optimizer_update_8bit_blockwise": (F.optimizer_update_8bit_blockwise, _fake_update),
 }
 
 define(NAMESPACE)

@@ -1,6 +1,7 @@
 """bitsandbytes.nn: the 4-bit layers."""
 
 from qlora_ref.integrations.bitsandbytes.nn import modules, parametrize
+from qlora_ref.integrations.bitsandbytes.nn.embeddings import Embedding, StableEmbedding
 from qlora_ref.integrations.bitsandbytes.nn.modules import (
     Embedding4bit,
     Embedding8bit,
@@ -13,10 +14,10 @@ from qlora_ref.integrations.bitsandbytes.nn.modules import (
     LinearNF4,
     OutlierAwareLinear,
     Params4bit,
-    StableEmbedding,
 )
 
 __all__ = [
+    "Embedding",
     "Embedding4bit",
     "Embedding8bit",
     "EmbeddingFP4",

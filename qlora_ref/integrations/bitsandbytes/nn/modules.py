@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from qlora_ref.integrations.bitsandbytes import functional as F
 from qlora_ref.integrations.bitsandbytes.autograd import matmul_4bit
+from qlora_ref.integrations.bitsandbytes.nn.embeddings import (  # noqa: F401  (their names)
+    Embedding,
+    StableEmbedding,
+)
 from qlora_ref.integrations.bitsandbytes.quant_state import QuantState
 
 _STATE_FIELDS = {"absmax": "absmax", "code": "code", "quant_map": "code", "offset": "offset"}
@@ -133,6 +137,21 @@ class Params4bit(nn.Parameter):
     def bfloat16(self) -> Any:
         """`to(torch.bfloat16)`."""
         return self.to(torch.bfloat16)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch.chunk and torch.split give parts of this class, all with the state of the whole.
+
+        So FSDP finds it in each part. Other functions give plain tensors.
+        """
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func not in (torch.chunk, torch.split):
+            return found
+        whole = args[0] if args else (kwargs or {})["input" if func is torch.chunk else "tensor"]
+        parts = (cls(part.detach(), whole.requires_grad, **whole._options()) for part in found)
+        return type(found)(parts)
 
     def _options(self) -> dict[str, Any]:
         names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage")
@@ -358,8 +377,4 @@ class Embedding8bit(_No8bit):
 
 
 class OutlierAwareLinear(_No8bit):
-    """Not available."""
-
-
-class StableEmbedding(_No8bit):
     """Not available."""
