@@ -191,30 +191,14 @@ def test_an_update_of_8_bits_is_that_of_32_on_the_restored_states(name: str) -> 
         qmap1 = qmap2
     absmax1 = torch.zeros((2, blocks) if name == "ademamix" else blocks)
     absmax2 = torch.zeros(blocks)
+    numbers = (0.9, 0.999, 0.9999, 5.0, 1e-8)
+    levels = (qmap1, qmap2, absmax1, absmax2)
     for step in (1, 2):
         g = normal(*shape, seed=step)
-        F.optimizer_update_8bit_blockwise(
-            name,
-            g,
-            p,
-            state1,
-            state2,
-            0.9,
-            0.999,
-            0.9999,
-            5.0,
-            1e-8,
-            step,
-            0.01,
-            qmap1,
-            qmap2,
-            absmax1,
-            absmax2,
-            0.1,
-        )
-        F.optimizer_update_32bit(
-            name, g, twin, exact1, 0.9, 1e-8, step, 0.01, exact2, 0.999, 0.9999, 5.0, 0.1
-        )
+        states_8 = (state1, state2, *numbers, step, 0.01, *levels, 0.1)
+        F.optimizer_update_8bit_blockwise(name, g, p, *states_8)
+        more = (0.999, 0.9999, 5.0, 0.1)
+        F.optimizer_update_32bit(name, g, twin, exact1, 0.9, 1e-8, step, 0.01, exact2, *more)
         assert torch.equal(p, twin)  # the step itself is in float32
         pairs = [(exact1, state1, qmap1, absmax1), (exact2, state2, qmap2, absmax2)]
         for exact, codes, table, absmax in pairs:
