@@ -171,14 +171,6 @@ def test_a_kernel_file_is_named_after_an_operation(folder: str) -> None:
             assert path.stem in (*OPERATIONS, *BESIDE_OPERATIONS)
 
 
-def test_every_page_of_the_documentation_is_in_its_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text()
-    sources = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "notebooks").glob("*.py")]
-    for path in sources:
-        page = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
-        assert f" {page}\n" in navigation, f"add docs/{page} to nav in mkdocs.yml"
-
-
 def test_every_public_function_has_a_docstring() -> None:
     for path in modules():
         for node in ast.parse(path.read_text()).body:
