@@ -1,76 +1,107 @@
-"""The PTX that Triton's compiler emits, on the simulated GPU: a check by code that is not ours."""
+"""The PTX that Triton's compiler emits, on the simulated GPU: a check by code that is not ours.
+
+Well-known kernels, with the results that torch has for them; test_triton_compiled.py runs those of
+kernels/ in the same way.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import struct
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from sim.machine import Launch, execute
-from sim.memory import GlobalMemory
-from sim.parser import parse
-from sim.program import Program
+import torch
+from compare import assert_error_at_most_twice_torch, assert_same_bits, normal
+from torch import Tensor
+from torch.nn import functional
 
-FOLDER = Path(__file__).parent
-THREADS = 128  # four warps, as Triton launches by default
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs triton's compiler"
+    ),
+]
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton's compiler"
-)
+if importlib.util.find_spec("triton") is not None:
+    import triton_examples
+    from simulated_triton import on_simulated_gpu
+
+# The weights of attention are rounded to float16 once, as in no formula of torch's, where their
+# sum is not.
+ATTENTION_ERROR = 2.0**-11
 
 
-def compiled(program: str) -> str:
-    """What a Python program prints; Triton compiles only where it does not interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", program]
-    finished = subprocess.run(
-        command, cwd=FOLDER, env=environment, capture_output=True, text=True, check=False
+def integers(*shape: int, seed: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """From -4 to 4: no sum of products is rounded, whatever its order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vectors_are_added(dtype: torch.dtype) -> None:
+    x, y = normal(1000, seed=1, dtype=dtype), normal(1000, seed=2, dtype=dtype)
+    total = torch.full_like(x, torch.nan)
+    with on_simulated_gpu():
+        triton_examples.add[(2,)](x, y, total, 1000, BLOCK=512)
+    assert_same_bits(total, x + y)
+
+
+def test_softmax_of_rows() -> None:
+    x = normal(5, 300, seed=1) * 10
+    y = torch.full_like(x, torch.nan)
+    with on_simulated_gpu():
+        triton_examples.softmax[(5,)](x, y, 300, BLOCK=512)
+    assert_error_at_most_twice_torch(y, x.softmax(1), x.double().softmax(1))
+
+
+def test_layer_norm_of_rows() -> None:
+    x, weight, bias = normal(4, 200, seed=1) + 3, normal(200, seed=2), normal(200, seed=3)
+    y = torch.full_like(x, torch.nan)
+    with on_simulated_gpu():
+        triton_examples.layer_norm[(4,)](x, weight, bias, y, 200, 1e-5, BLOCK=256)
+    by_torch, exact = (
+        functional.layer_norm(t[0], (200,), *t[1:], 1e-5)
+        for t in ((x, weight, bias), (x.double(), weight.double(), bias.double()))
     )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    assert_error_at_most_twice_torch(y, by_torch, exact)
 
 
-def launch(text: str, grid: int, *arguments: np.ndarray | int) -> list[bytes]:
-    """Run the only kernel of a module: the arrays' bytes afterwards. Zeros are results."""
-    module = parse(text)
-    (kernel,) = module.kernels.values()
-    memory = GlobalMemory(1 << 22)
-    packed, arrays = bytearray(), []
-    for argument in arguments:
-        if isinstance(argument, int):
-            packed += struct.pack("<I", argument)
-            continue
-        packed += bytes(-len(packed) % 8)
-        address = memory.allocate(argument.nbytes)
-        if argument.any():
-            memory.write(address, argument.tobytes())
-        arrays.append((address, argument.nbytes))
-        packed += struct.pack("<Q", address)
-    size = max(offset + length for offset, length in kernel.parameters.values())
-    packed += bytes(size - len(packed))  # of Triton's scratch memory, which these do not use
-    shared = 96 * 1024
-    execute(
-        Program(kernel, module),
-        Launch((grid, 1, 1), (THREADS, 1, 1), bytes(packed), shared),
-        memory,
+def test_cumulative_sums() -> None:
+    x = integers(1024, seed=1, dtype=torch.float32)
+    y = torch.full_like(x, torch.nan)
+    with on_simulated_gpu():
+        triton_examples.cumulate[(1,)](x, y, BLOCK=1024)
+    assert_same_bits(y, x.cumsum(0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tensor_cores_multiply_as_tritons_compiler_lays_matrices_out(
+    dtype: torch.dtype, transposed: bool
+) -> None:
+    a, b = integers(70, 160, seed=1, dtype=dtype), integers(160, 48, seed=2, dtype=dtype)
+    y = torch.full((70, 48), torch.nan)
+    given = b.t().contiguous() if transposed else b
+    with on_simulated_gpu() as launches:
+        triton_examples.multiply[(3, 2)](
+            a, given, y, 70, 48, 160, TRANSPOSED=transposed, BLOCK=32, num_stages=3
+        )
+    (launch,) = launches
+    for instruction in ("cp.async.commit_group", "ldmatrix", "mma.sync"):
+        assert instruction in launch.kernel.asm["ptx"]
+    assert_same_bits(y, a.float() @ b.float())
+
+
+def test_attention_by_one_rescaled_sum() -> None:
+    tokens, width = 100, 32
+    q, k, v = (normal(tokens, width, seed=seed, dtype=torch.float16) for seed in range(3))
+    y = torch.full((tokens, width), torch.nan)
+    with on_simulated_gpu() as launches:
+        triton_examples.attend[(4,)](q, k, v, y, tokens, width**-0.5, WIDTH=width, BLOCK=32)
+    assert "mma.sync" in launches[0].kernel.asm["ptx"]
+    exact = functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True
     )
-    return [memory.read(address, length)[0] for address, length in arrays]
-
-
-def test_tensor_cores_multiply_as_tritons_compiler_lays_matrices_out() -> None:
-    text = compiled("import triton_matmul; print(triton_matmul.compile_multiply())")
-    for instruction in ("cp.async", "ldmatrix", "mma.sync"):
-        assert instruction in text
-    inputs = 160
-    rng = np.random.default_rng(0)
-    a = rng.integers(-4, 5, (32, inputs)).astype(np.float16)
-    b = rng.integers(-4, 5, (inputs, 32)).astype(np.float16)
-    *_, y = launch(text, 1, a, b, np.zeros((32, 32), np.float32), inputs)
-    # Small integers: no sum is rounded, whatever its order.
-    expected = a.astype(np.float32) @ b.astype(np.float32)
-    assert np.array_equal(np.frombuffer(y, np.float32).reshape(32, 32), expected)
+    assert (y - exact).abs().max() <= ATTENTION_ERROR * v.abs().max()
