@@ -181,7 +181,7 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
     )
     tell(str(lora))
     if settings.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     optimizer = AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -210,7 +210,8 @@ def _state_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: Any) -> None:
+    """Keep the inputs of the layers of a transformers model, and recompute the rest."""
     # transformers renamed it in 5.23.
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable

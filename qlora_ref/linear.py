@@ -75,7 +75,9 @@ class Linear4bit(Module4bit, nn.Linear):
         """
         weight, bias = dense_parameters(linear)
         rows, columns = weight.shape
-        layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, device="meta")
+        # Without storage and with plain scales: a weight that is replaced at once.
+        empty: dict[str, Any] = {"double_quant": False, "device": "meta"}
+        layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, **empty)
         options = codebook, block_size, double_quant, True, scale_search, hessian
         layer.set_quantized_weight(quantize(weight.detach(), *options))
         layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed

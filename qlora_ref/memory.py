@@ -72,7 +72,7 @@ def memory_report(
     state_bytes = rank_sum * 8 if bits == 32 else rank_sum * 2 + rank_sum * 8 // DYNAMIC_BLOCK_SIZE
     state_formula = "8 r (N + K)" if bits == 32 else "(2 + 8 / 256) r (N + K)"
     dense = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    alive, gradients = _run_step(model, batch, trained)
+    step = step_bytes(model, batch)
     states = (tensor for state in optimizer.state.values() for tensor in state.values())
     paging = optimizer.paging_report() if isinstance(optimizer, StateOptimizer) else None
     state_size = _size(states) + (paging.state_bytes if paging else 0)
@@ -82,24 +82,25 @@ def memory_report(
             _scales_item(layers),
             Item("other weights", _size(dense), None, "embeddings, norms, output head"),
             Item("adapters", _size(trained), rank_sum * width, f"{width} r (N + K)"),
-            Item("gradients", gradients, rank_sum * width, f"{width} r (N + K)"),
+            Item("gradients", step.gradients, rank_sum * width, f"{width} r (N + K)"),
             Item("optimizer state", state_size, state_bytes, state_formula),
-            _activations_item(model, batch, alive),
+            _activations_item(model, batch, step.activations),
         ]
     )
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of living tensors that operations inside a `with` block made."""
+    """Counts the bytes of living tensors that operations inside a `with` block made.
+
+    nbytes  alive now
+    peak    the most that were alive at once
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._sizes: dict[int, int] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes alive now."""
-        return sum(self._sizes.values())
+        self._alive: set[int] = set()
+        self.nbytes = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
@@ -107,15 +108,45 @@ class LiveTensors(TorchDispatchMode):
         for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()
             # A view or an in-place result shares the storage of what went in.
-            if id(storage) not in inputs and id(storage) not in self._sizes:
-                self._sizes[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self._sizes.pop, id(storage), None)
+            if id(storage) not in inputs and id(storage) not in self._alive:
+                self._alive.add(id(storage))
+                self.nbytes += storage.nbytes()
+                weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.nbytes)
         return outputs
 
+    def _forget(self, identity: int, nbytes: int) -> None:
+        self._alive.remove(identity)
+        self.nbytes -= nbytes
 
-def activation_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes that a forward in training mode leaves alive for its backward."""
-    return _run_step(model, batch, [])[0]
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What a forward and a backward hold beside the model.
+
+    activations  alive at the end of the forward, for the backward
+    gradients    of the trained parameters, at the end
+    peak         the most that is alive at once: activations go as gradients come
+    """
+
+    activations: int
+    gradients: int
+    peak: int
+
+
+def step_bytes(
+    model: nn.Module, batch: dict[str, Tensor], live: LiveTensors | None = None
+) -> StepBytes:
+    """Run a forward in training mode and its backward; `.grad` stays as it is."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    model.train()
+    with live or LiveTensors() as counted:
+        loss, _ = summed_loss(model, batch)
+        alive = counted.nbytes
+        gradients = torch.autograd.grad(loss, trained) if trained else ()
+    model.train(training)
+    return StepBytes(alive, _size(gradients), counted.peak)
 
 
 def resident_bytes() -> int:
@@ -137,20 +168,6 @@ def _scales_item(layers: list[Module4bit]) -> Item:
     if layers:
         formula = formula.replace("64", str(layers[0].block_size))
     return Item("scales", measured, expected, formula)
-
-
-def _run_step(
-    model: nn.Module, batch: dict[str, Tensor], trained: list[nn.Parameter]
-) -> tuple[int, int]:
-    """Bytes alive at the end of a forward, and bytes of the gradients that its backward makes."""
-    training = model.training
-    model.train()
-    with LiveTensors() as live:
-        loss, _ = summed_loss(model, batch)
-        alive = live.nbytes
-    gradients = torch.autograd.grad(loss, trained) if trained else ()
-    model.train(training)
-    return alive, _size(gradients)
 
 
 def _activations_item(model: nn.Module, batch: dict[str, Tensor], measured: int) -> Item:

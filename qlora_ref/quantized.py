@@ -319,6 +319,8 @@ def _mean(values: Tensor) -> Tensor:
     values   float32 (n,)
     returns  float32 ()     0 for no values
     """
+    if values.is_meta:
+        return values.new_empty(())
     count = values.numel()
     size = 1 << max(0, count - 1).bit_length()  # the next power of two, filled with zeros
     total = torch.nn.functional.pad(values.double(), (0, size - count))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qlora_ref
-from qlora_ref.memory import LiveTensors, activation_bytes, memory_report
+from qlora_ref.memory import LiveTensors, memory_report, step_bytes
 from qlora_ref.models import load_model
 
 MODEL = Path(__file__).parent / "data" / "tiny_llama"
@@ -81,7 +81,7 @@ def test_activations_with_checkpointing_follow_the_formula() -> None:
 
 def test_without_checkpointing_no_formula_is_claimed_and_more_is_kept() -> None:
     model, optimizer, batch = prepared()
-    kept = activation_bytes(model, batch)
+    kept = step_bytes(model, batch).activations
     model.activation_checkpointing_disable()
     found = {i.name: i for i in memory_report(model, optimizer, batch).items}["activations"]
     assert found.expected is None and found.measured > 2 * kept

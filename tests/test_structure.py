@@ -21,6 +21,7 @@ MAX_FUNCTION_LINES = 40  # of statements, without docstring and signature; 5 to 
 LAYERS = [
     {"optimal_float"},
     {"version", "codebooks", "packing", "files", "settings", "matmul_plan", "torch_adamw"},
+    {"model_sizes"},
     {"reference", "checks", "native_operations"},
     {"native"},
     {"dispatch"},
@@ -37,7 +38,7 @@ LAYERS = [
     {"convert", "memory", "adapter", "checkpoint"},
     {"models", "training_state", "plots"},
     {"finetune", "inspection", "merging", "doctor", "study"},
-    {"benchmark"},
+    {"benchmark", "memory_model"},
     {"cli", "integrations"},
     {"stand_in"},
     {"as_bitsandbytes"},

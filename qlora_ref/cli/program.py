@@ -12,11 +12,12 @@ from qlora_ref.cli.doctor import doctor
 from qlora_ref.cli.evaluate import evaluate
 from qlora_ref.cli.finetune import finetune
 from qlora_ref.cli.inspect import inspect
+from qlora_ref.cli.memory import memory
 from qlora_ref.cli.merge import merge
 from qlora_ref.cli.options import messages
 from qlora_ref.cli.study import study
 
-COMMANDS = (finetune, evaluate, merge, inspect, study, bench, doctor)
+COMMANDS = (finetune, evaluate, merge, inspect, memory, study, bench, doctor)
 
 app = typer.Typer(
     no_args_is_help=True,
