@@ -33,17 +33,17 @@ def matmul_4bit(weights: Weights, tokens: int, direction: str = FORWARD) -> Case
     transposed = direction == GRADIENT
     x = torch.randn(tokens, rows if transposed else columns, device=weights.device)
     x = x.to(weights.dtype)
-    exact: dict[int, Tensor] = {}  # by weight: one for most, one for each other format
+    exact: list[tuple[Tensor, Tensor]] = []  # of a weight: most candidates have the same one
 
     def prepare(make: Callable[[], Product]) -> Prepared:
         product = make()
-        key = id(product.weight)
-        if key not in exact:
+        y = next((y for weight, y in exact if weight is product.weight), None)
+        if y is None:
             matrix = product.weight.to(x.device).double()
-            exact[key] = x.double() @ (matrix if transposed else matrix.t())
-        nbytes = product.nbytes + activations
-        error = lambda found: relative_error(found, exact[key])  # noqa: E731
-        return Prepared(product.run, error, product.tolerance, nbytes)
+            y = x.double() @ (matrix if transposed else matrix.t())
+            exact.append((product.weight, y))
+        error = partial(relative_error, exact=y)
+        return Prepared(product.run, error, product.tolerance, product.nbytes + activations)
 
     found = gradients(x, weights) if transposed else products(x, weights)
     backends = backends_here("matmul_4bit", x.device.type)

@@ -55,13 +55,14 @@ class Weights:
 
     @cached_property
     def exact(self) -> Tensor:
-        """What the codes and scales stand for, float32."""
-        return self.quantized.dequantize(torch.float32)
+        """What the codes and scales stand for, float32, by the reference."""
+        with dispatch.force_backend("reference"):
+            return self.quantized.dequantize(torch.float32)
 
     @cached_property
     def dense(self) -> Tensor:
         """The same, rounded once to the dtype of x."""
-        return self.quantized.dequantize(self.dtype)
+        return self.exact.to(self.dtype)
 
     @cached_property
     def bitsandbytes_training(self) -> nn.Module:
