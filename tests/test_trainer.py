@@ -26,18 +26,25 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_for_optimizer_names(False)
 
 
-def trainer(folder: Path, **options: Any) -> transformers.Trainer:
+CONFIG = transformers.LlamaConfig(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    vocab_size=96,
+)
+
+
+def converted_with_adapters() -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=96,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(CONFIG)
     convert_model(model)
     add_lora(model, r=64)
+    return model
+
+
+def trainer(folder: Path, model: Any = None, **options: Any) -> transformers.Trainer:
+    model = converted_with_adapters() if model is None else model
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
@@ -126,6 +133,39 @@ def test_every_name_of_bitsandbytes_trains(tmp_path: Path) -> None:
         model(torch.ones(1, 4)).sum().backward()
         cls(model.parameters(), **options).step()
         assert not torch.equal(model.weight, before)
+
+
+def quantised_with_adapters(folder: Path) -> Any:
+    from qlora_ref.integrations.transformers import QLoRAConfig
+
+    torch.manual_seed(0)
+    if not folder.exists():
+        transformers.LlamaForCausalLM(CONFIG).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=QLoRAConfig(), dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    add_lora(model, r=8)
+    return model
+
+
+def test_adapters_of_ours_train_on_a_model_that_transformers_quantised(tmp_path: Path) -> None:
+    from qlora_ref.integrations.transformers import from_pretrained
+
+    dense = tmp_path / "dense"
+    options = {"optim": "paged_adamw_8bit", "max_steps": 4, "save_steps": 2}
+    run = trainer(tmp_path / "run", model=quantised_with_adapters(dense), **options)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    expected = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    again = trainer(tmp_path / "run", model=quantised_with_adapters(dense), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, parameter in again.model.named_parameters():
+        if parameter.requires_grad:  # two steps from the same state: the same bits
+            assert torch.equal(parameter, expected[name])
+    with pytest.raises(ValueError, match="load the base, add_lora, and resume"):
+        from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 
 def test_the_switch_can_be_undone(tmp_path: Path) -> None:

@@ -278,6 +278,40 @@ def test_generation_continues_with_the_likeliest_token(dense: Path) -> None:
     assert generated[0, 16] == logits(model)[0, -1].argmax()
 
 
+# Where layers are.
+
+
+def parts(last: str) -> dict[str, str]:
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    return {**dict.fromkeys(names, "cpu"), "model.layers.1": last}
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, parts("cpu")])
+def test_a_device_map_on_the_cpu_changes_nothing(dense: Path, device_map: Any) -> None:
+    model, expected = load(dense, QLoRAConfig(), device_map=device_map), load(dense, QLoRAConfig())
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("device_map", [parts("disk"), {"": "disk"}])
+def test_layers_of_a_4_bit_checkpoint_may_stay_on_disk(
+    dense: Path, tmp_path: Path, device_map: dict[str, str]
+) -> None:
+    places = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match="save_pretrained, and load that"):
+        load(dense, QLoRAConfig(), **places)
+    model = load(dense, QLoRAConfig())
+    model.save_pretrained(tmp_path / "saved")
+    again = ours.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, **places)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(NotImplementedError, match="without disk"):
+        again.save_pretrained(tmp_path / "again")
+
+
+def test_a_device_without_values_is_refused(dense: Path) -> None:
+    with pytest.raises(ValueError, match="no values"):
+        load(dense, QLoRAConfig(), device_map={"": "meta"})
+
+
 # Interchange with bitsandbytes.
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,16 @@ class QLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # no types in
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Read what `to_dict` gives, or what config.json says of codebooks of our own."""
+        """Read what `to_dict` gives, or what config.json says of codebooks of our own.
+
+        Raises ValueError for a model that was saved with adapters of `add_lora` in it.
+        """
+        if config_dict.get("adapters"):
+            raise ValueError(
+                "this was saved with adapters of add_lora in it, as a Trainer's checkpoint: load "
+                "the base, add_lora, and resume from it; save_adapter and merge_lora write what "
+                "can be loaded by itself"
+            )
         ours = ("codebook", "block_size", "double_quant", "compute_dtype", "skip")
         config = cls(**{name: config_dict[name] for name in ours if name in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
@@ -110,6 +120,7 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         self.report: ConversionReport | None = None
         self.quantized: dict[Module4bit, QuantizedTensor] = {}  # while loading
         self.errors: list[str] = []
+        self._model: Callable[[], nn.Module | None] = lambda: None
         self._reasons: dict[str, str | None] = {}
         self._shapes: dict[str, tuple[str, tuple[int, ...], int]] = {}
 
@@ -119,7 +130,10 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
             return device_map
         return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        self._check_places(device_map)
         skip = () if self.pre_quantized else self.settings.skip
         self._reasons = reasons_to_keep(model, skip)
         self._shapes = {name: described(model, name) for name in self._reasons}
@@ -160,7 +174,25 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         for initialized in (layer, layer.weight):  # else transformers would fill it anew
             initialized._is_hf_initialized = True  # type: ignore[union-attr, assignment]
 
+    def _check_places(self, device_map: Any) -> None:
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "meta" in places:
+            raise ValueError('device_map puts layers on "meta", where they have no values')
+        if "disk" in places and not self.pre_quantized:
+            raise ValueError(
+                "layers that go to disk cannot be quantised on the way: load with QLoRAConfig and "
+                "without disk once, save_pretrained, and load that with this device_map"
+            )
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer's question whether a model may train without PEFT: with `add_lora` it may."""
+        model = self._model()
+        return model is not None and bool(lora_layers(model))
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._check_places(getattr(model, "hf_device_map", None))
+        self._model = weakref.ref(model)
         if self.errors:
             raise ValueError("; ".join(self.errors[:5]))
         # transformers has meanwhile replaced buffers that no file holds, our scales, by empty ones.
@@ -193,9 +225,13 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """Called before a model is saved: lets its config.json say what its layers now are."""
-        if lora_layers(model):
-            raise ValueError("the model has adapters: merge them, or write them with save_adapter")
-        if layers_4bit(model):
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            raise NotImplementedError(
+                "a model with layers on disk cannot be saved again: load it without disk"
+            )
+        if lora_layers(model):  # a checkpoint of a Trainer, which loads it as a state dict
+            model.config.quantization_config = {"quant_method": QUANT_METHOD, "adapters": True}
+        elif layers_4bit(model):
             written = quantization_config(model, self.settings.compute_dtype)
             model.config.quantization_config = written
         else:  # merged to float since
