@@ -6,6 +6,7 @@ A directory with adapter_config.json and adapter_model.safetensors, whose keys a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from qlora_ref.files import written_aside
 from qlora_ref.linear import is_conv1d
 from qlora_ref.lora import LoRA, LoraReport, add_lora, lora_layers
+from qlora_ref.module4bit import Module4bit, layers_4bit
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# In the metadata of the weights' file, of an adapter that fits one base alone: which one.
+_BASE = "qlora_ref_base_sha256"
 # What PEFT can say that a LoRA here cannot do: loading such an adapter would compute other numbers.
 _UNSUPPORTED = (
     "use_dora",
@@ -67,7 +71,10 @@ def write_adapter(model: nn.Module, directory: Path, base_model: str = "") -> No
 
     config = _peft_config(model, base_model)
     tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(model).items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    if any(adapter.belongs_to_base for adapter in lora_layers(model).values()):
+        metadata[_BASE] = fingerprint_weights(model)
+    save_file(tensors, directory / WEIGHTS, metadata=metadata)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -78,6 +85,7 @@ def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
     what PEFT has and this library has not (DoRA, ranks that differ by layer, ...).
     """
     config, tensors = _read(Path(directory))
+    bound = _check_base(model, Path(directory), config)
     names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
     missing = [name for name in names if not _has_module(model, name)]
     if missing or not names:
@@ -102,7 +110,39 @@ def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"cannot use the adapter in {directory}: {error}") from error
     load_adapter_tensors(model, tensors, str(directory))
+    for adapter in lora_layers(model).values():
+        adapter.belongs_to_base = bound
     return report
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """SHA-256 over a model's 4-bit weights, with adapters on them or without."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(_bases(model).items()):
+        weight = layer.quantized_weight
+        digest.update(name.encode())
+        for part in (weight.packed, weight.absmax, weight.codebook):
+            digest.update(part.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bases(model: nn.Module) -> dict[str, Module4bit]:
+    adapters = {f"{name}.base": name for name in lora_layers(model)}
+    return {adapters.get(name, name): layer for name, layer in layers_4bit(model).items()}
+
+
+def _check_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> bool:
+    """Whether the adapter fits one base alone; ValueError if this is another."""
+    from safetensors import safe_open
+
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        wanted = (file.metadata() or {}).get(_BASE)
+    if wanted is not None and wanted != fingerprint_weights(model):
+        raise ValueError(
+            f"{directory} was trained on another base, quantised for it alone: load that one, "
+            f"{config.get('base_model_name_or_path') or 'which the adapter does not name'}"
+        )
+    return wanted is not None
 
 
 def load_adapter_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

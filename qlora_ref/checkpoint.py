@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_ref import tensor_format
 from qlora_ref.files import written_aside
 from qlora_ref.linear import is_conv1d
-from qlora_ref.lora import lora_layers
+from qlora_ref.lora import lora_layers, replace_module
 from qlora_ref.module4bit import layers_4bit
 from qlora_ref.parameter4bit import Parameter4bit
 from qlora_ref.places import install
@@ -51,6 +51,21 @@ def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5
         if config is not None:
             text = {**config.to_dict(), "quantization_config": quantization_config(model)}
             (aside / "config.json").write_text(json.dumps(text, indent=2, default=str) + "\n")
+
+
+def save_base(model: nn.Module, directory: Path | str) -> None:
+    """Write a model that has adapters without them: `save_model` of its base.
+
+    For adapters that fit this base alone (add_lora with init="loftq" or "pissa").
+    """
+    adapters = lora_layers(model)
+    for name, adapter in adapters.items():
+        replace_module(model, name, adapter.base)
+    try:
+        save_model(model, directory)
+    finally:
+        for name, adapter in adapters.items():
+            replace_module(model, name, adapter)
 
 
 def load_model_state(model: nn.Module, directory: Path | str) -> None:

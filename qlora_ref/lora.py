@@ -14,14 +14,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from qlora_ref.adapter_init import check_init, loftq, pissa
 from qlora_ref.linear import Linear4bit, dense_linear, dense_parameters, is_conv1d
 from qlora_ref.module4bit import layers_4bit
-from qlora_ref.quantized import QuantizationError
+from qlora_ref.quantized import QuantizationError, QuantizedTensor, quantize
 
 
 class LoRA(nn.Module):
@@ -63,6 +64,7 @@ class LoRA(nn.Module):
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
         nn.init.zeros_(self.lora_B.weight)
         self.enabled = True
+        self.belongs_to_base = False  # it fits this very base alone, bit for bit
         self.train(base.training)
 
     @property
@@ -90,6 +92,30 @@ class LoRA(nn.Module):
         down = nn.functional.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
         update = nn.functional.linear(down * self.scaling, self.lora_B.weight.to(x.dtype))
         return y + update.to(y.dtype)
+
+    @torch.no_grad()
+    def start_near(
+        self, weight: Tensor, init: str, iterations: int = 5, scale_search: bool = False
+    ) -> None:
+        """Let base and adapter together be near a dense weight (N, K); see `add_lora`, init."""
+        base: Any = self.base
+        old = base.quantized_weight
+        levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
+        options = levels, old.block_size, old.double_quant, True, scale_search
+
+        def requantize(x: Tensor) -> QuantizedTensor:
+            return quantize(x, *options).to(old.dtype)
+
+        weight = weight.to(old.device)
+        if init == "pissa":
+            quantized, a, b = pissa(weight, requantize, self.r, iterations)
+        else:
+            quantized, a, b = loftq(weight, old, requantize, self.r, iterations)
+        self.belongs_to_base = quantized is not old
+        base.set_quantized_weight(quantized)
+        root = math.sqrt(abs(self.scaling))
+        self.lora_A.weight.copy_(a / root)
+        self.lora_B.weight.copy_(b / math.copysign(root, self.scaling))
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: s B A, float64 (N, K)."""
@@ -158,6 +184,10 @@ def add_lora(
     targets: str | Sequence[str] = "all-linear",
     rslora: bool = False,
     dtype: torch.dtype = torch.float32,
+    init: str = "zero",
+    originals: dict[str, Tensor] | None = None,
+    init_iterations: int = 5,
+    scale_search: bool = False,
 ) -> LoraReport:
     """Put a LoRA on a model's linear layers, in place, and freeze everything else.
 
@@ -165,6 +195,14 @@ def add_lora(
              output head. A list: layers of these names, or ending in ".name". Another string: a
              regular expression for the whole name.
     r, alpha, dropout, rslora, dtype: as for `LoRA`
+    init     "zero": the model computes what it did. "loftq", "pissa": base and adapter together are
+             near the dense weights (adapter_init.py); the bases are quantised anew for it, except
+             by "loftq" with one iteration. Write them with checkpoint.save_base: these adapters
+             fit no other base.
+    originals        the dense weights (N, K) by layer name: adapter_init.dense_weights, taken
+                     before the model was converted; for init other than "zero"
+    init_iterations  int, at least 1
+    scale_search     bool            as for `quantize`, where a base is quantised anew
     returns  LoraReport; a quantised weight counts as the values that it stands for
 
     After it the adapters alone require gradients: biases, norms and embeddings do not.
@@ -173,9 +211,14 @@ def add_lora(
     if any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError("the model has adapters already: merge or remove them first")
     names = _target_names(model, targets)
+    check_init(init, init_iterations, {n: model.get_submodule(n) for n in names}, originals)
     adapters = {
         name: LoRA(model.get_submodule(name), r, alpha, dropout, rslora, dtype) for name in names
     }
+    if init != "zero":
+        assert originals is not None
+        for name, adapter in adapters.items():
+            adapter.start_near(originals[name], init, init_iterations, scale_search)
     model.requires_grad_(False)
     for name, adapter in adapters.items():
         replace_module(model, name, adapter)

@@ -32,7 +32,7 @@ LAYERS = [
     {"tensor_format", "paging"},
     {"module4bit", "data", "paged"},
     {"linear", "parameter4bit", "state_optimizer"},
-    {"optim", "optimizers"},
+    {"optim", "optimizers", "adapter_init"},
     {"lora", "evaluate"},
     {"places"},
     {"convert", "memory", "adapter", "checkpoint"},
