@@ -45,6 +45,7 @@ class Device:
     def __init__(self, stand_in: Path, memory_bytes: int) -> None:
         self.memory = GlobalMemory(memory_bytes)
         self.error: PtxError | None = None  # what went wrong in a launch
+        self.streams: set[int] = set()  # of all launches; 0 is the default one
         self._runtime = ctypes.CDLL(str(stand_in), mode=ctypes.RTLD_GLOBAL)
         self._runtime.sim_module.restype = c_void_p
         self._function = LaunchFunction(self._launch)  # kept: C has its address
@@ -68,6 +69,7 @@ class Device:
         dynamic_shared: int,
         stream: int | None,
     ) -> int:
+        self.streams.add(stream or 0)
         try:
             program = self._program(module, name.decode())
             parameters = _pack(program, arguments)
