@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from qlora_ref.linear import Linear4bit, dense_parameters, is_conv1d
 from qlora_ref.quantized import QuantizedTensor
-
-INITS = ("zero", "loftq", "pissa")
+from qlora_ref.settings import INITS
 
 # The random subspace is wider than the rank, and is turned towards the largest singular directions
 # so often: on noise, the hardest case, it then holds 99 % of what r exact ones would.

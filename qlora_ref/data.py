@@ -228,6 +228,21 @@ def _cut_tokens(sequence: TokenSequence, length: int) -> list[TokenSequence]:
     return [piece for piece in pieces if piece.count_targets() > 0]
 
 
+def calibration_batches(path: str | Path, tokenizer: Any, length: int, count: int) -> list[Tensor]:
+    """Token ids to calibrate on: up to `count` pieces of `length` tokens, evenly over a text.
+
+    Of a text that is shorter than one piece, all of it.
+    returns  int64 (at most 8, length) each
+    Raises ValueError for count < 1, and what `read_examples` and `tokenize` raise.
+    """
+    if count < 1:
+        raise ValueError(f"calibration needs at least 1 sequence, got {count}")
+    pieces = pack(tokenize(read_examples(path), tokenizer, length), length)
+    whole = [piece.ids for piece in pieces if len(piece.ids) == length] or [pieces[0].ids]
+    chosen = whole[:: max(1, len(whole) // count)][:count]
+    return [torch.tensor(chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
+
+
 class BatchOrder:
     """Which examples make up the k-th batch of training: a function of the arguments and k alone.
 

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_ref.adapter import save_adapter
+from qlora_ref.adapter_init import dense_weights
+from qlora_ref.checkpoint import save_base
 from qlora_ref.convert import convert_model
 from qlora_ref.data import (
     BatchOrder,
     TokenSequence,
+    calibration_batches,
     collate,
     fingerprint,
     pack,
@@ -38,7 +41,7 @@ from qlora_ref.evaluate import (
     summed_loss,
 )
 from qlora_ref.files import written_aside
-from qlora_ref.lora import LoraReport, adapters_disabled, add_lora
+from qlora_ref.lora import LoraReport, adapters_disabled, add_lora, lora_layers
 from qlora_ref.memory import MemoryReport, memory_report, resident_bytes
 from qlora_ref.models import load_model, load_tokenizer
 from qlora_ref.module4bit import layers_4bit
@@ -54,7 +57,7 @@ from qlora_ref.training_state import (
 )
 
 # Settings that change where things are, not what comes out.
-_NOT_IDENTITY = ("data", "resident_bytes", "page_directory")
+_NOT_IDENTITY = ("data", "calibration", "resident_bytes", "page_directory")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def finetune(
     """Fine-tune a model with QLoRA.
 
     settings       what to train, on what, how
-    output         directory for checkpoints, log.jsonl, report.json and the adapter
+    output         directory for checkpoints, log.jsonl, report.json, the adapter and, where the
+                   base is no plain conversion (Settings.plain_base), the base in 4 bits
     resume         go on from the newest checkpoint in `output` (from the start if there is none)
     save_every     write a checkpoint every so many steps, and one at the end; 0: only at the end
     sample_prompt  continue this before and after training
@@ -143,7 +147,7 @@ def finetune(
     tell(f"perplexity after: {after.perplexity:.2f}")
     if sample_prompt is not None:
         samples["after"] = generate(run.model, run.tokenizer, sample_prompt)
-    save_adapter(run.model, output / "adapter", settings.model)
+    save_adapter(run.model, output / "adapter", _save_base(run, output))
     result = Result(
         before=before,
         after=after,
@@ -159,6 +163,15 @@ def finetune(
     return result
 
 
+def _save_base(run: _Run, output: Path) -> str:
+    """Where the adapter's base can be had again; written here if it is no plain conversion."""
+    if run.settings.plain_base or not next(iter(lora_layers(run.model).values())).belongs_to_base:
+        return run.settings.model
+    save_base(run.model, output / "base")
+    run.tokenizer.save_pretrained(output / "base")
+    return str(output / "base")
+
+
 def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,17 +181,10 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
     train, held_out = _sequences(settings, examples, tokenizer)
     dtype = choose_dtype(settings.compute_dtype, device)
     model = load_model(settings.model, dtype)
-    if layers_4bit(model):
-        tell("the model is in 4 bits already")
-    else:
-        tell(f"quantising to {settings.codebook}, computing in {dtype}")
-        tell(
-            str(convert_model(model, settings.codebook, settings.block_size, settings.double_quant))
-        )
+    if settings.calibration:  # the dense model is run; otherwise only the 4-bit one goes there
+        model.to(device)
+    lora = _quantise_and_adapt(settings, model, tokenizer, tell)
     model.to(device)
-    lora = add_lora(
-        model, settings.r, settings.alpha, settings.dropout, settings.targets, settings.rslora
-    )
     tell(str(lora))
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
@@ -197,6 +203,43 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
     }
     model.train()
     return _Run(settings, model, tokenizer, train, held_out, lora, optimizer, device, identity)
+
+
+def _quantise_and_adapt(
+    settings: Settings, model: nn.Module, tokenizer: Any, tell: Callable[[str], None]
+) -> LoraReport:
+    originals = None if settings.init == "zero" else dense_weights(model)
+    quantised_here = not layers_4bit(model)
+    if quantised_here:
+        tell(f"quantising to {settings.codebook}, computing in {next(model.parameters()).dtype}")
+        tell(str(convert_model(model, **_conversion(settings, tokenizer))))
+    else:
+        tell("the model is in 4 bits already")
+    lora = add_lora(
+        model,
+        settings.r,
+        settings.alpha,
+        settings.dropout,
+        settings.targets,
+        settings.rslora,
+        init=settings.init,
+        originals=originals,
+        init_iterations=settings.init_iterations,
+        scale_search=settings.scale_search,
+    )
+    if quantised_here and not settings.plain_base:
+        for adapter in lora_layers(model).values():
+            adapter.belongs_to_base = True
+    return lora
+
+
+def _conversion(settings: Settings, tokenizer: Any) -> dict[str, Any]:
+    names = ("codebook", "block_size", "double_quant", "scale_search")
+    options = {name: getattr(settings, name) for name in names}
+    if settings.calibration:
+        size = settings.length, settings.calibration_sequences
+        options["calibration"] = calibration_batches(settings.calibration, tokenizer, *size)
+    return options
 
 
 def _state_options(settings: Settings) -> dict[str, Any]:

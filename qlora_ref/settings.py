@@ -17,6 +17,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": (8, True),
 }
 SCHEDULES = ("constant", "cosine")
+INITS = ("zero", "loftq", "pissa")
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,17 @@ class Settings:
     codebook: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
+    scale_search: bool = False
+    calibration: str = ""  # text for error feedback; "": the nearest levels
+    calibration_sequences: int = 128
     compute_dtype: str = "auto"  # auto, float32 or bfloat16
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
     rslora: bool = False
     targets: str | list[str] = "all-linear"
+    init: str = "zero"  # zero, loftq or pissa: where adapters start
+    init_iterations: int = 5
     steps: int = 100
     batch_size: int = 1
     accumulation: int = 1
@@ -56,6 +62,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_settings(self)
+
+    @property
+    def plain_base(self) -> bool:
+        """Whether `convert_model` with codebook, block size and double_quant gives the base."""
+        return self.init == "zero" and not self.scale_search and not self.calibration
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -82,7 +93,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def _check_settings(settings: Settings) -> None:
-    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "init": INITS}
     for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
             raise ValueError(
@@ -92,11 +103,21 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(
             f"compute_dtype must be auto, float32 or bfloat16, got {settings.compute_dtype!r}"
         )
-    for name in ("steps", "batch_size", "accumulation", "evaluation_sequences"):
+    counts = ("steps", "batch_size", "accumulation", "evaluation_sequences")
+    for name in (*counts, "calibration_sequences", "init_iterations"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(settings, name)}")
+    keeps_base = settings.init == "zero" or (settings.init, settings.init_iterations) == (
+        "loftq",
+        1,
+    )
+    if settings.calibration and not keeps_base:
+        raise ValueError(
+            f"init={settings.init!r} quantises the base anew, without the calibration text: "
+            'use init="loftq" with init_iterations=1, which leaves it as it is'
+        )
     if not 0 <= settings.warmup <= 1:
         raise ValueError(f"warmup is a share of the steps, from 0 to 1, got {settings.warmup}")

@@ -15,10 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora_ref.cli.options import (
     AsJson,
     BlockSize,
+    Calibration,
+    CalibrationSequences,
     Codebook,
     Data,
     DoubleQuant,
     Model,
+    ScaleSearch,
     console,
     messages,
     print_json,
@@ -38,6 +41,9 @@ def finetune(
     codebook: Codebook = _DEFAULT.codebook,
     block_size: BlockSize = _DEFAULT.block_size,
     double_quant: DoubleQuant = _DEFAULT.double_quant,
+    scale_search: ScaleSearch = _DEFAULT.scale_search,
+    calibration: Calibration = _DEFAULT.calibration,
+    calibration_sequences: CalibrationSequences = _DEFAULT.calibration_sequences,
     compute_dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
     r: Annotated[int, typer.Option(help="rank of the adapters")] = _DEFAULT.r,
     alpha: Annotated[
@@ -48,6 +54,12 @@ def finetune(
     targets: Annotated[
         str, typer.Option(help="all-linear, names separated by commas, or a regular expression")
     ] = "all-linear",
+    init: Annotated[
+        str, typer.Option(help="where adapters start: zero, loftq or pissa")
+    ] = _DEFAULT.init,
+    init_iterations: Annotated[
+        int, typer.Option(help="of loftq or pissa")
+    ] = _DEFAULT.init_iterations,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = _DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="sequences a micro-batch")] = _DEFAULT.batch_size,
     accumulation: Annotated[int, typer.Option(help="micro-batches a step")] = _DEFAULT.accumulation,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from qlora_ref.codebooks import CODEBOOKS
+
 console = Console()
 messages = Console(stderr=True)
 
@@ -16,9 +18,12 @@ Model = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="text file, .jsonl of prompts and answers, or directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output, nothing else")]
-Codebook = Annotated[str, typer.Option(help="nf4, fp4, fp4_ocp, int4, af4, nf3 or nf2")]
+Codebook = Annotated[str, typer.Option(help=", ".join(CODEBOOKS))]
 BlockSize = Annotated[int, typer.Option(help="values per scale")]
 DoubleQuant = Annotated[bool, typer.Option(help="quantise the scales to 8 bits")]
+ScaleSearch = Annotated[bool, typer.Option(help="scales with the least squared error, not absmax")]
+Calibration = Annotated[str, typer.Option(help="text for error feedback (GPTQ); a path as of data")]
+CalibrationSequences = Annotated[int, typer.Option(help="pieces of that text, at most")]
 
 
 def load(

@@ -15,9 +15,10 @@ from qlora_ref.cli.inspect import inspect
 from qlora_ref.cli.memory import memory
 from qlora_ref.cli.merge import merge
 from qlora_ref.cli.options import messages
+from qlora_ref.cli.quantize import quantize
 from qlora_ref.cli.study import study
 
-COMMANDS = (finetune, evaluate, merge, inspect, memory, study, bench, doctor)
+COMMANDS = (finetune, quantize, evaluate, merge, inspect, memory, study, bench, doctor)
 
 app = typer.Typer(
     no_args_is_help=True,
