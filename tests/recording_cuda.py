@@ -156,6 +156,6 @@ class RecordingCuda:
         return second.time - first.time
 
     def synchronize(self) -> None:
-        for stream in self.streams:
+        for stream in reversed(self.streams):  # what leaves first: it waits for what it must
             stream.run(len(stream.work))
         self.log.append(("synchronize",))

@@ -121,11 +121,25 @@ def test_pages_that_came_too_early_make_room_and_are_not_brought_in_twice(
             if kind is make:
                 tier = optimizer._paged._tier
                 tier.prefetch(optimizer._paged._order)
-        take_steps(optimizer, range(100, 101))
+            take_steps(optimizer, range(10 * step + 1, 10 * step + 2))
+            if kind is make:
+                assert len(tier._slots) == 8 and not tier._queue  # all of them are free again
         both.append(optimizer)
     assert_same(*both)
-    tier = both[0]._paged._tier
-    assert len(tier._slots) == 8 and not tier._queue  # all of them are free again
+
+
+@pytest.mark.parametrize("make", ["unified"], indirect=True)
+def test_managed_pages_that_came_and_were_not_needed_go_home(
+    make: Make, cuda: RecordingCuda
+) -> None:
+    stays, streams = make_params(((100, 100), (700, 257)))
+    optimizer = make([stays, streams])
+    take_steps(optimizer, range(2))
+    optimizer._paged._tier.prefetch(optimizer._paged._order)
+    streams.grad = None
+    optimizer.step()
+    cuda.synchronize()
+    assert not any(cuda.on_device_now.values())
 
 
 # The calls.

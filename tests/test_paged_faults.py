@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def test_read_that_fails_once_is_repeated(
     monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EIO, first, first))
     for optimizer in pair:
         take_steps(optimizer, range(2, 5))
+    assert_same(*pair)
+
+
+def test_read_that_fails_while_the_step_waits_for_it_is_repeated(
+    pair: tuple[AdamW, AdamW], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(pair[0])
+    real, calls = os.preadv, iter(range(1 << 30))
+
+    def slow_once(*arguments: Any) -> int:
+        if next(calls) == 0:
+            time.sleep(0.5)
+            raise OSError(errno.EIO, "a disk that had to think")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow_once)
+    for optimizer in pair:
+        take_steps(optimizer, range(2, 4))
     assert_same(*pair)
 
 
