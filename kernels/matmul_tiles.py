@@ -31,7 +31,7 @@ def tiles_of(
     if transposed:
         return [_tile(m, 128, 64, 8, 3), _tile(m, 64, 64, 4, 3), _tile(m, 128, 64, 4, 3)]
     if tokens <= FEW_TOKENS:
-        return [_tile(16, 64, 128, 4, 4), _tile(16, 128, 64, 4, 4), _tile(16, 64, 256, 4, 2)]
+        return [_tile(16, 64, 256, 4, 3), _tile(16, 64, 128, 4, 4), _tile(16, 128, 64, 4, 4)]
     stages = 2 if capability() >= 100 else 3  # of sm_120 a program has 99 KiB of shared memory
     return [_tile(m, 128, 128, 8, stages), _tile(m, 64, 128, 4, 2), _tile(m, 128, 64, 8, 3)]
 
