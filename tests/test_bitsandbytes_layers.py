@@ -73,7 +73,8 @@ def our_layer(theirs: nn.Module) -> Linear4bit:
 
 
 def their_weight(layer: nn.Module) -> Tensor:
-    return F.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    # Without AVX-512 it restores FP4's code 8, a zero, as -0: -0 + 0 is 0.
+    return F.dequantize_4bit(layer.weight.data, layer.weight.quant_state) + 0.0
 
 
 def state_of(tensors: dict[str, Tensor], key: str) -> dict:
