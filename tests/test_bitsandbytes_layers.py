@@ -248,7 +248,8 @@ def test_outputs_and_gradients_have_at_most_twice_the_error_of_theirs(
     mine = run(our_layer(theirs).to(device), x, grad)
     ratios = (ERROR_RATIO, error_ratio(dtype, count, transposed=True), ERROR_RATIO)
     for actual, expected, truth, ratio in zip(mine, run(theirs, x, grad), exact, ratios):
-        assert_error_at_most_twice_torch(actual, expected, truth, ratio)
+        # The exact product has the weight as it is rounded already: that error is ours alone here.
+        assert_error_at_most_twice_torch(actual, expected, truth, ratio, ratio)
 
 
 @pytest.mark.parametrize("nested", [False, True])
