@@ -257,7 +257,8 @@ def test_merging_a_model_replaces_every_adapter() -> None:
     by_torch = formula(last, gelu(formula(first, x, torch.float32)), torch.float32)
     assert merge_lora(model) == {}
     assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
-    assert_error_at_most_twice_torch(model(x), by_torch, exact)
+    # A merged weight is rounded once more than what torch multiplies by, here in both layers.
+    assert_error_at_most_twice_torch(model(x), by_torch, exact, 3.0, 3.0)
 
 
 def test_merging_a_model_to_4bit_reports_each_layer() -> None:
