@@ -5,6 +5,8 @@ PYTHON ?= python3
 STEPS ?= 30
 OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
+# For an installation that adds packages only: the libraries stay as they are.
+COMPILE_NOTHING = QLORA_REF_BUILD_CPU=0 QLORA_REF_BUILD_CUDA=0
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
 .PHONY: demo test test-slow sanitize count-instructions bench docs notebooks study pictures lint clean
@@ -20,7 +22,7 @@ test: .venv/test/installed lint
 	.venv/test/bin/python -m pytest
 
 test-slow: .venv/test/installed
-	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[trl]'
+	$(COMPILE_NOTHING) .venv/test/bin/pip install --quiet -c constraints.txt -e '.[trl]'
 	.venv/test/bin/python -m pytest -m slow
 
 # Memory errors, undefined behaviour and data races in csrc/cpu; SANITIZE_ISAS=all for every
@@ -34,7 +36,7 @@ count-instructions: .venv/test/installed
 
 # Every operation and a whole training step beside their peers, with 1 and 2 threads: about 15 minutes.
 bench: .venv/test/installed
-	.venv/test/bin/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(COMPILE_NOTHING) .venv/test/bin/pip install --quiet -c constraints.txt -e '.[bench]'
 	for benchmark in benchmarks/bench_*.py; do .venv/test/bin/python $$benchmark || exit 1; done
 
 # The documentation, in build/site. It is read without a network: no page may load from elsewhere.
@@ -79,7 +81,7 @@ lint: .venv/test/installed
 # Compiles nothing: the notebooks run on the libraries that other targets have built, or in torch.
 .venv/docs/installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv .venv/docs
-	QLORA_REF_BUILD_CPU=0 QLORA_REF_BUILD_CUDA=0 .venv/docs/bin/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(COMPILE_NOTHING) .venv/docs/bin/pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
