@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import round_to, widen
-from .launch import OPTIONS, TILE
+from .launch import OPTIONS, rows_of
 from .nearest import NearestTable, largest_magnitude, nearest_code, nearest_table, normalise
 
 BLOCK_SIZE = 256  # 8-bit values that share a scale
@@ -41,8 +41,9 @@ def adamw_step(
     if first_codebook is None or second_codebook is None:
         for param, grad, m, v in tensors:
             if (n := param.numel()) > 0:
-                grid = (triton.cdiv(n, TILE),)
-                _step[grid](param, grad.contiguous(), m, v, n, *options, WIDTH=TILE, **OPTIONS)
+                width = rows_of(1, n)
+                grid = (triton.cdiv(n, width),)
+                _step[grid](param, grad.contiguous(), m, v, n, *options, WIDTH=width, **OPTIONS)
         return
     codebooks = (first_codebook, second_codebook)
     for tensor, absmaxes in zip(tensors, zip(first_absmaxes, second_absmaxes)):
@@ -59,9 +60,10 @@ def _step_8bit_tensor(
     codebooks: tuple[Tensor, Tensor],
     options: tuple[float, ...],
 ) -> None:
-    n, rows = param.numel(), TILE // BLOCK_SIZE
+    n, blocks = param.numel(), len(absmaxes[0])
+    rows = rows_of(BLOCK_SIZE, blocks)
     first, second = (nearest_table(codebook) for codebook in codebooks)
-    _step_8bit[(triton.cdiv(n, TILE),)](
+    _step_8bit[(triton.cdiv(blocks, rows),)](
         *(param, grad.contiguous(), m, v, *absmaxes, *codebooks),
         *(first.entries, first.thresholds, first.codes),
         *(second.entries, second.thresholds, second.codes),

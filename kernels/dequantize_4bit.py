@@ -23,7 +23,7 @@ from .decode import (
     round_to,
     vectors_of,
 )
-from .launch import LARGE_TILE, OPTIONS, TILE, chunk_of
+from .launch import LARGE_TILE, OPTIONS, chunk_of, rows_of
 from .permute import fetch_scales, restore_chunks
 
 
@@ -59,8 +59,9 @@ def dequantize_4bit(
         )
     else:
         chunk = chunk_of(block_size)
-        rows = max(1, TILE // chunk)
-        _dequantize_4bit[(triton.cdiv(triton.cdiv(n, chunk), rows),)](
+        chunks = triton.cdiv(n, chunk)
+        rows = rows_of(chunk, chunks)
+        _dequantize_4bit[(triton.cdiv(chunks, rows),)](
             *(packed, *scales, pair_table(codebook), y, n),
             NESTED=is_nested,
             CHUNKS_PER_BLOCK=block_size // chunk,

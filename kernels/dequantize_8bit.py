@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import count_left, round_to
-from .launch import LARGE_TILE, OPTIONS, chunk_of
+from .launch import LARGE_TILE, OPTIONS, chunk_of, rows_of
 
 
 def dequantize_8bit(
@@ -23,7 +23,8 @@ def dequantize_8bit(
     if n == 0:
         return y
     chunk = chunk_of(block_size)
-    chunks, rows = triton.cdiv(n, chunk), max(1, 2 * LARGE_TILE // chunk)
+    chunks = triton.cdiv(n, chunk)
+    rows = rows_of(chunk, chunks, 2 * LARGE_TILE)
     _dequantize_8bit[(triton.cdiv(chunks, rows),)](
         *(codes, absmax, codebook, y, n, chunks),
         WHOLE=n % chunk == 0,

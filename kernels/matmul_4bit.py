@@ -62,7 +62,7 @@ def matmul_4bit(
             x.contiguous(), weight, block_size, (tokens, rows, columns), bias, y, tile | options
         )
 
-    tiles = tiles_of(tokens, transposed, vectors, x.dtype)
+    tiles = tiles_of(tokens, inputs, outputs, transposed, vectors, x.dtype)
     tokens_or_so = triton.next_power_of_2(tokens)
     key = ("matmul_4bit", x.device, x.dtype, tokens_or_so, rows, columns, block_size, transposed)
     run(fastest(key, tiles, run))

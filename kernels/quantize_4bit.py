@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import count_left, widen
-from .launch import LARGE_TILE, OPTIONS, TILE
+from .launch import LARGE_TILE, OPTIONS, rows_of
 from .nearest import (
     code_of_step,
     divide,
@@ -36,23 +36,24 @@ def quantize_4bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     entries, steps = step_table(codebook)
     width = triton.next_power_of_2(block_size)
     if steps > 0 and 4 <= width == block_size <= LONGEST_ROW and n % block_size == 0:
-        rows = max(1, (LARGE_TILE if table.ordered else LARGE_TILE // 2) // width)
+        tile = LARGE_TILE if table.ordered else LARGE_TILE // 2
+        rows = rows_of(width, len(absmax), tile)
         grid = (triton.cdiv(len(absmax), rows),)
         sizes = {"STEPS": steps, "ORDERED": table.ordered, "ROWS": rows, "PAIRS": width // 2}
         _quantize_whole_rows[grid](x, packed, absmax, entries, len(absmax), **sizes, **OPTIONS)
         return packed, absmax
     tensors = (x, packed, absmax, table.entries, table.thresholds, table.codes)
     if block_size <= LONGEST_ROW:
-        rows = max(1, TILE // width)
+        rows = rows_of(width, len(absmax))
         grid = (triton.cdiv(len(absmax), rows),)
         sizes = {"ROWS": rows, "PAIRS": width // 2}
         _quantize_rows[grid](
             *tensors, n, block_size, table.zero, **sizes, **table.constants(), **OPTIONS
         )
     else:
-        sizes = {"PAIRS": TILE // 2}
         # No block is longer than the tensor: sizes then fit into 64 bits with room to add.
         size = min(block_size, n + n % 2)
+        sizes = {"PAIRS": rows_of(1, size) // 2}
         _quantize_long_block[(len(absmax),)](
             *tensors, n, size, table.zero, **sizes, **table.constants(), **OPTIONS
         )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import count_left, widen
-from .launch import OPTIONS, TILE
+from .launch import OPTIONS, rows_of
 from .nearest import largest_magnitude, nearest_code, nearest_table, normalise
 
 LONGEST_ROW = 4096  # as in quantize_4bit.py
@@ -25,13 +25,13 @@ def quantize_8bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     tensors = (x.contiguous(), codes, absmax, table.entries, table.thresholds, table.codes)
     if block_size <= LONGEST_ROW:
         width = triton.next_power_of_2(block_size)
-        rows = max(1, TILE // width)
+        rows = rows_of(width, len(absmax))
         grid = (triton.cdiv(len(absmax), rows),)
         sizes = {"ROWS": rows, "WIDTH": width}
         _quantize_rows[grid](*tensors, n, block_size, **sizes, **table.constants(), **OPTIONS)
     else:
         size = min(block_size, n)
-        sizes = {"WIDTH": TILE}
+        sizes = {"WIDTH": rows_of(1, size)}
         _quantize_long_block[(len(absmax),)](
             *tensors, n, size, **sizes, **table.constants(), **OPTIONS
         )

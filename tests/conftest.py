@@ -13,6 +13,7 @@ instruction set. `--libraries FOLDER` tests libraries from elsewhere (tests/sani
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,13 +30,15 @@ from qlora_ref import dispatch, native
 from qlora_ref.dispatch import explain, force_backend, force_isa
 from qlora_ref.native_operations import CpuOperations
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 # The same examples in each run: a failure that chance found once must not be able to hide again.
 # The fixture `backend` only sets a name, so that sharing it between examples is sound.
 settings.register_profile(
     "qlora_ref",
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=20 if INTERPRETED else 60,  # a kernel that is interpreted takes 20 ms
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("qlora_ref")
@@ -97,6 +100,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if folder := config.getoption("--libraries"):
         native.FOLDER = folder
+    if INTERPRETED:
+        spare_patches()
+
+
+def spare_patches() -> None:
+    """Triton's interpreter replaces the functions of triton.language for each call of a function
+    inside of a kernel, which can take longer than the call. For functions of kernels/ it is done
+    already: by the launch of the kernel that calls them."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__.startswith("qlora_kernels."):
+            return self.rewrite()(*args, **kwargs)
+        return patch_and_call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the number of threads are for the backends that work with torch's threads."""
+    threaded = ("reference", "cpu")
+    deselected = [
+        item
+        for item in items
+        if item.get_closest_marker("threads") is not None
+        and not item.callspec.params["backend"].startswith(threaded)
+    ]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

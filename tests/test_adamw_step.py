@@ -209,7 +209,9 @@ def test_a_list_is_updated_as_each_alone(bits: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "threads", [1, *(pytest.param(count, marks=pytest.mark.threads) for count in (2, 3))]
+)
 def test_a_list_of_several_dtypes_is_updated_as_each_alone(
     threads: int, bits: int, device: str
 ) -> None:
@@ -268,6 +270,7 @@ def test_a_parameter_that_requires_grad_is_changed_in_place(device: str) -> None
     assert param._version > version  # autograd must know that what it saved is stale
 
 
+@pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     before, grad, results = normal(400_001), normal(400_001, seed=1).to(device), []
     threads = torch.get_num_threads()

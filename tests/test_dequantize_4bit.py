@@ -170,6 +170,7 @@ def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
     assert (buffer[:offset] == 7).all() and (buffer[offset + n :] == 7).all()
 
 
+@pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     packed, absmax = quantised((300, 1001), 64)
     tensors = [tensor.to(device) for tensor in (packed, absmax, NF4)]

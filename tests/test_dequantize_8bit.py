@@ -89,6 +89,7 @@ def test_reads_tensors_that_are_not_contiguous(device: str) -> None:
     assert_is_defined(codes, absmax, SIGNED, 64, torch.float32, device)
 
 
+@pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     tensors = [tensor.to(device) for tensor in (*quantised((300, 1001), 256), SIGNED)]
     results, before = [], torch.get_num_threads()

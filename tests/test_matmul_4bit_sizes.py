@@ -84,6 +84,7 @@ def test_more_tokens_than_are_worked_on_at_a_time(transposed: bool, device: str)
     assert_is_accurate(x, weight, dense, device, transposed)
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_number_of_threads_changes_no_bit(

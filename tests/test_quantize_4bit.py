@@ -248,6 +248,7 @@ def test_leaves_its_input_alone_and_gives_no_gradient(device: str) -> None:
     assert not packed.requires_grad and not absmax.requires_grad
 
 
+@pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     x, results, before = normal(300, 1001, seed=8), [], torch.get_num_threads()
     try:

@@ -176,6 +176,7 @@ def test_reads_views_row_by_row(device: str) -> None:
     assert_is_defined(x, SIGNED, 64, device)
 
 
+@pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     x, results, before = normal(300, 1001, seed=8), [], torch.get_num_threads()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,35 +30,29 @@ pytestmark = [
 ]
 
 
-def run(*command: str, **environment: str) -> str:
+OPERATIONS = (
+    "quantize_4bit",
+    "dequantize_4bit",
+    "quantize_8bit",
+    "dequantize_8bit",
+    "matmul_4bit",
+    "matmul_4bit_sizes",
+    "adamw_step",
+)
+
+
+def test_interpreted_kernels_pass_the_tests_of_every_operation() -> None:
+    # numpy warns of what the tests do on purpose: overflow, 0 / 0.
+    quiet = ("-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
+    tests = [f"tests/test_{operation}.py" for operation in OPERATIONS]
     finished = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "-m", "pytest", "-vv", "-k", "triton", *quiet, *tests],
         cwd=ROOT,
-        env=os.environ | environment,
+        # Threads of torch would wait for cores that other tests use.
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-5000:]
-    return finished.stdout
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        "quantize_4bit",
-        "dequantize_4bit",
-        "quantize_8bit",
-        "dequantize_8bit",
-        "matmul_4bit",
-        "matmul_4bit_sizes",
-        "adamw_step",
-    ],
-)
-def test_interpreted_kernels_pass_the_tests_of_the_operation(operation: str) -> None:
-    # numpy warns of what the tests do on purpose: overflow, 0 / 0.
-    quiet = ("-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
-    test = f"tests/test_{operation}.py"
-    # Threads of torch would wait for cores that other tests use.
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    output = run("-m", "pytest", "-vv", "-k", "triton", *quiet, test, **environment)
-    assert "[triton" in output and "100%" in output
+    tested = re.findall(r"tests/test_(\w+)\.py::.*\[triton.*PASSED", finished.stdout)
+    assert set(tested) == set(OPERATIONS)

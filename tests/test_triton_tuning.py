@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
+from qlora_ref import dispatch
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None,
@@ -47,14 +47,11 @@ def test_without_being_asked_the_first_tile_is_taken(tuning: ModuleType) -> None
     assert tuning.fastest("a product", TILES, print) == TILES[0]
 
 
-def test_the_environment_asks_for_it() -> None:
-    program = (
-        "from qlora_ref import dispatch\n"
-        "dispatch._load('triton', 'matmul_4bit', None)\n"
-        "from qlora_kernels import tuning; print(tuning._is_wanted)"
-    )
-    for value, expected in (("1", "True"), ("", "False")):
-        environment = os.environ | {"QLORA_REF_TRITON_TUNE": value}
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.stdout.split() == [expected], done.stderr
+@pytest.mark.parametrize("value,wanted", [("1", True), ("", False)])
+def test_the_environment_asks_for_it(
+    value: str, wanted: bool, tuning: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning.tune(False)
+    monkeypatch.setenv("QLORA_REF_TRITON_TUNE", value)
+    dispatch._load.__wrapped__("triton", "matmul_4bit", None)  # as when it is first called
+    assert (tuning.fastest("a product", TILES, print) == TILES[1]) is wanted
