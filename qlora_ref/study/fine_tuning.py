@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qlora_ref.adapter_init import dense_weights
 from qlora_ref.convert import convert_model
 from qlora_ref.data import BatchOrder, read_examples
 from qlora_ref.evaluate import summed_loss
@@ -38,6 +39,7 @@ class Setup:
     double_quant: bool = True
     targets: str | tuple[str, ...] = "all-linear"
     r: int = 8
+    init: str = "zero"
 
 
 LORA, QLORA = "LoRA, 16-bit weights", "QLoRA: NF4, double"
@@ -54,6 +56,10 @@ def setups(matched_r: int) -> list[Setup]:
         Setup("QLoRA, r = 32", r=32),
         Setup("QLoRA, q and v", targets=two),
         Setup(f"QLoRA, q and v, r = {matched_r}", targets=two, r=matched_r),
+        Setup("QLoRA, LoftQ", init="loftq"),
+        Setup("QLoRA, PiSSA", init="pissa"),
+        Setup("QLoRA: NF2, double", codebook="nf2"),
+        Setup("QLoRA: NF2, double, LoftQ", codebook="nf2", init="loftq"),
     ]
 
 
@@ -127,12 +133,13 @@ def fine_tune(options: Options, job: tuple[Setup, int]) -> Outcome:
     small = SmallModel(options.model, options.text, 1, turn=seed)
     train, test = _windows(small, options)
     model = small.model
+    originals = dense_weights(model)
     if setup.codebook is not None:
         convert_model(model, setup.codebook, double_quant=setup.double_quant)
-    before = window_losses(model, test)
     torch.manual_seed(seed)
     targets = setup.targets if isinstance(setup.targets, str) else list(setup.targets)
-    report = add_lora(model, setup.r, ALPHA, targets=targets)
+    report = add_lora(model, setup.r, ALPHA, targets=targets, init=setup.init, originals=originals)
+    before = window_losses(model, test)
     losses = _train(model, train, QUICK_STEPS if options.quick else STEPS, seed)
     return Outcome(before, window_losses(model, test), losses, report.trainable)
 
@@ -187,7 +194,7 @@ def _table(outcomes: dict[str, list[Outcome]], after: dict[str, Tensor], gain: M
 
 
 def _add_claims(part: Part, chosen: list[Setup], after: dict[str, Tensor], gain: Mean) -> None:
-    plain, fp4, r32, two, matched = (setup.name for setup in chosen[2:7])
+    plain, fp4, r32, two, matched, loftq, pissa, nf2, nf2_loftq = (s.name for s in chosen[2:])
 
     def same(statement: str, source: str, mine: str, other: str) -> Claim:
         found = crossed_mean(after[mine] - after[other])
@@ -211,5 +218,8 @@ def _add_claims(part: Part, chosen: list[Setup], after: dict[str, Tensor], gain:
         same("the rank does not matter: 32 beside 8", "paper, figure 4", r32, QLORA),
         better("NF4 is better than FP4 after a fine-tune", "paper, table 4", QLORA, fp4),
         better(everything, "paper, figure 2", QLORA, two),
+        better("LoftQ's start is better than zero", "arXiv 2310.08659", loftq, QLORA),
+        better("LoftQ's start is better than zero at 2 bits", "arXiv 2310.08659", nf2_loftq, nf2),
+        better("PiSSA's start is better than zero", "arXiv 2404.02948", pissa, QLORA),
         better(everything + " with as many parameters", "paper, figure 2", QLORA, matched),
     ]
