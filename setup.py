@@ -19,7 +19,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,35 +101,46 @@ def openmp_flags(compiler: list[str]) -> list[str]:
     return ["-fopenmp"] if tried.returncode == 0 else []
 
 
-def compile_objects(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
-    """Compile C++ sources, several at a time, to object files in a folder.
+def compile_objects(sources: list[Path], flags: list[str]) -> list[Path]:
+    """C++ sources as object files, kept under build/. Raises as kept_objects does."""
+    compiler = find_compiler()
+    command = [*compiler, *CPU_FLAGS, *openmp_flags(compiler), *flags]
+    return kept_objects("cpu", command, sources, [*ROOT.glob("csrc/**/*.h")])
+
+
+def kept_objects(
+    folder: str, command: list[str], sources: list[Path], headers: list[Path]
+) -> list[Path]:
+    """Compile sources, several at a time, unless build/FOLDER has them: same content, same command.
 
     Raises CompileError with what the compiler says.
     """
-    compiler = find_compiler()
-    flags = [*CPU_FLAGS, *openmp_flags(compiler), *flags]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    commands = [
-        [*compiler, *flags, "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects)
-    ]
+    content = b"".join(path.read_bytes() for path in sorted([*headers, *sources]))
+    key = hashlib.sha256(content + shlex.join(command).encode()).hexdigest()[:16]
+    kept = ROOT / "build" / folder / key
+    kept.mkdir(parents=True, exist_ok=True)
+    targets = [kept / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(execute, commands))
-    return objects
+        list(pool.map(lambda pair: _compile(command, *pair), zip(sources, targets)))
+    return targets
+
+
+def _compile(command: list[str], source: Path, target: Path) -> None:
+    if not target.exists():
+        aside = target.with_suffix(f".{os.getpid()}.o")
+        execute([*command, "-c", str(source), "-o", str(aside)])
+        os.replace(aside, target)
 
 
 def compile_library(sources: list[Path], library: Path, flags: list[str]) -> None:
     """Compile C++ sources and link them to one shared library. Raises as compile_objects does."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        objects = compile_objects(sources, Path(folder), flags)
-        # Linked aside and moved: a process that has mapped the old library keeps the old file.
-        linked = Path(folder, library.name)
-        undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
-        execute([*find_compiler(), "-shared", *undefined, *map(str, objects), "-o", str(linked)])
-        beside = library.with_name(library.name + ".new")
-        shutil.copy(linked, beside)
-        os.replace(beside, library)
+    objects = compile_objects(sources, flags)
+    undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+    # Linked aside and moved: a process that has mapped the old library keeps the old file.
+    beside = library.with_name(library.name + ".new")
+    execute([*find_compiler(), "-shared", *undefined, *map(str, objects), "-o", str(beside)])
+    os.replace(beside, library)
 
 
 def cuda_sources() -> list[Path]:
@@ -153,29 +163,13 @@ def cuda_architectures() -> list[str]:
 
 
 def cuda_objects() -> list[Path]:
-    """csrc/cuda as object files, for cuda_architectures(): compiled once, kept under build/.
-
-    Raises CompileError with what nvcc says.
-    """
+    """csrc/cuda as object files for cuda_architectures(), as compile_objects does it with nvcc."""
     first, *others = cuda_architectures()
     codes = [f"arch=compute_{first},code=[sm_{first},compute_{first}]"]
     codes += [f"arch=compute_{other},code=sm_{other}" for other in others]
-    flags = [*CUDA_FLAGS, *(f"-gencode={code}" for code in codes)]
-    read = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cu*")])
-    content = b"".join(path.read_bytes() for path in read) + shlex.join(flags).encode()
-    folder = ROOT / "build" / "cuda" / hashlib.sha256(content).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / f"{source.stem}.o" for source in cuda_sources()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: _compile_cuda(*pair, flags), zip(cuda_sources(), targets)))
-    return targets
-
-
-def _compile_cuda(source: Path, target: Path, flags: list[str]) -> None:
-    if not target.exists():
-        aside = target.with_suffix(f".{os.getpid()}.o")
-        execute([*find_nvcc(), *flags, "-c", str(source), "-o", str(aside)])
-        os.replace(aside, target)
+    command = [*find_nvcc(), *CUDA_FLAGS, *(f"-gencode={code}" for code in codes)]
+    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
+    return kept_objects("cuda", command, cuda_sources(), headers)
 
 
 def link_cuda(objects: list[Path], library: Path, runtime: str = "static") -> None:

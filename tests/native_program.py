@@ -75,7 +75,7 @@ def build_program(build: SimpleNamespace, folder: Path, *flags: str, tsan: bool 
         sources, link = [*sources, SOURCES / "openmp_on_threads.cpp"], ["-rdynamic"]
         flags = (*flags, *TSAN_FLAGS)
     folder.mkdir(parents=True, exist_ok=True)
-    objects = build.compile_objects(sources, folder, list(flags))
+    objects = build.compile_objects(sources, list(flags))
     program = folder / "call_kernels"
     command = [*build.find_compiler(), *flags, *map(str, objects), *link, "-pthread", "-ldl"]
     build.execute([*command, "-o", str(program)])

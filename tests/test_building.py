@@ -57,6 +57,7 @@ def test_a_compiler_builds_up_to_the_first_instruction_set_that_it_does_not_know
     assert [extension.name for extension in build.extensions()] == modules
 
 
+@pytest.mark.slow
 def test_without_openmp_the_results_are_the_same(
     build: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +69,7 @@ def test_without_openmp_the_results_are_the_same(
         assert_same_bits(actual, expected)
 
 
+@pytest.mark.slow
 def test_sources_compile_without_warnings(build: SimpleNamespace) -> None:
     compiler = build.find_compiler()
     strict = ["-Wno-unknown-pragmas", "-Wextra", "-Werror", "-fsyntax-only"]
