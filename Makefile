@@ -7,6 +7,9 @@ OUTPUT ?= runs/demo
 SANITIZE_ISAS ?= best
 # For an installation that adds packages only: the libraries stay as they are.
 COMPILE_NOTHING = QLORA_REF_BUILD_CPU=0 QLORA_REF_BUILD_CUDA=0
+# Processes that share the tests, each on one thread and in 3 GiB of memory.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n $(WORKERS) --dist worksteal
 OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
 
 .PHONY: demo test test-slow sanitize count-instructions bench docs notebooks study pictures lint clean
@@ -19,11 +22,11 @@ demo: .venv/demo/installed
 	  --evaluation-sequences 32 --save-every 10 --sample-prompt "Define: LOVE" --plot
 
 test: .venv/test/installed lint
-	.venv/test/bin/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/test/installed
 	$(COMPILE_NOTHING) .venv/test/bin/pip install --quiet -c constraints.txt -e '.[trl]'
-	.venv/test/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Memory errors, undefined behaviour and data races in csrc/cpu; SANITIZE_ISAS=all for every
 # instruction set that this machine has.
