@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from qlora_ref import codebooks  # noqa: E402
 
 ARCHITECTURES = ("80", "90a", "120")
+PRICED_WITH = "3.9.0"  # the version of triton whose machine code the ceilings are for
 COMPILED_ONLY = "gfx942"  # AMD's: no disassembler, no prices
 
 ROWS, COLUMNS, BLOCK_SIZE = 4096, 4096, 64
@@ -107,14 +108,14 @@ def adamw_step(bits: int) -> tuple[Any, ...]:
 
 ENTRIES = [
     Entry("quantize_4bit, nf4", "quantize_4bit", lambda: quantize_4bit("nf4"), 2.5625,
-          {"80": 21, "90a": 21}),
+          {"80": 21, "90a": 21, "120": 21}),
     Entry("quantize_4bit, fp4", "quantize_4bit", lambda: quantize_4bit("fp4"), 2.5625,
-          {"80": 22, "90a": 22}),
+          {"80": 21, "90a": 21, "120": 21}),
     Entry("dequantize_4bit", "dequantize_4bit", lambda: dequantize_4bit(DTYPE), 2 + NF4_BYTES,
           {"80": 7.5, "90a": 7.5}),
     Entry("dequantize_4bit, float32", "dequantize_4bit", lambda: dequantize_4bit(torch.float32),
           4 + NF4_BYTES),
-    Entry("quantize_8bit", "quantize_8bit", quantize_8bit, 3.016),
+    Entry("quantize_8bit", "quantize_8bit", quantize_8bit, 3.016, {"80": 20, "90a": 20}),
     Entry("dequantize_8bit", "dequantize_8bit", dequantize_8bit, 3.016, {"80": 7.5, "90a": 7.5}),
     Entry("matmul_4bit, M <= 16", "matmul_4bit", lambda: matmul_4bit(1, False), NF4_BYTES,
           {"80": 6.5, "90a": 6}),
@@ -123,7 +124,8 @@ ENTRIES = [
     Entry("matmul_4bit, gradient", "matmul_4bit", lambda: matmul_4bit(512, True), None,
           {"80": 16, "90a": 12.5}),
     Entry("adamw_step, 32-bit", "adamw_step", lambda: adamw_step(32), 22),
-    Entry("adamw_step, 8-bit", "adamw_step", lambda: adamw_step(8), 10.06),
+    Entry("adamw_step, 8-bit", "adamw_step", lambda: adamw_step(8), 10.06,
+          {"80": 110, "90a": 110}),
 ]  # fmt: skip
 
 

@@ -65,8 +65,7 @@ def _step_8bit_tensor(
     first, second = (nearest_table(codebook) for codebook in codebooks)
     _step_8bit[(triton.cdiv(blocks, rows),)](
         *(param, grad.contiguous(), m, v, *absmaxes, *codebooks),
-        *(first.entries, first.thresholds, first.codes),
-        *(second.entries, second.thresholds, second.codes),
+        *(*first.tensors(), *second.tensors()),
         *(n, *options),
         ROWS=rows,
         **_constants("FIRST", first),
@@ -94,7 +93,11 @@ def _update(
     step_size,
     root_correction,
 ):
-    """The new parameters and moments; every product and sum is rounded by itself."""
+    """The new parameters and moments; every product and sum is rounded by itself.
+
+    m' = m beta1 + grad (1 - beta1)        v' = v beta2 + grad^2 (1 - beta2)
+    param' = param (1 - lr weight_decay) - m' / (sqrt(v') root_correction + eps) step_size
+    """
     m = m * beta1 + grad * one_minus_beta1
     v = v * beta2 + grad * grad * one_minus_beta2
     denominator = tl.sqrt_rn(v) * root_correction + eps
@@ -149,7 +152,7 @@ def _step_8bit(
     v_absmax_ptr,  # float32 (ceil(n / 256),)
     first_codebook_ptr,  # float32 (256,)
     second_codebook_ptr,  # float32 (256,)
-    first_entries_ptr,
+    first_entries_ptr,  # of a NearestTable, as are the next two
     first_thresholds_ptr,
     first_codes_ptr,
     second_entries_ptr,
@@ -165,17 +168,12 @@ def _step_8bit(
     step_size,
     root_correction,
     ROWS: tl.constexpr,
-    FIRST_LOWEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
     FIRST_SHIFT: tl.constexpr,
     FIRST_COMPARES: tl.constexpr,
-    FIRST_ORDERED: tl.constexpr,
-    SECOND_LOWEST: tl.constexpr,
-    SECOND_HALF: tl.constexpr,
     SECOND_SHIFT: tl.constexpr,
     SECOND_COMPARES: tl.constexpr,
-    SECOND_ORDERED: tl.constexpr,
 ):
+    """A row of a tile is a block of 256: what shares a scale is in one program."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     position = block[:, None] * 256 + tl.arange(0, 256)[None, :]
     mask = position < n
@@ -198,12 +196,12 @@ def _step_8bit(
     _quantize(
         m, m_ptr, m_absmax_ptr, first_entries_ptr, first_thresholds_ptr, first_codes_ptr,
         position, mask, block, is_block,
-        FIRST_LOWEST, FIRST_HALF, FIRST_SHIFT, FIRST_COMPARES, FIRST_ORDERED,
+        FIRST_SHIFT, FIRST_COMPARES,
     )  # fmt: skip
     _quantize(
         v, v_ptr, v_absmax_ptr, second_entries_ptr, second_thresholds_ptr, second_codes_ptr,
         position, mask, block, is_block,
-        SECOND_LOWEST, SECOND_HALF, SECOND_SHIFT, SECOND_COMPARES, SECOND_ORDERED,
+        SECOND_SHIFT, SECOND_COMPARES,
     )  # fmt: skip
 
 
@@ -219,12 +217,10 @@ def _quantize(
     mask,
     block,
     is_block,
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
     COMPARES: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
+    """A new moment's scales and codes, stored."""
     moment = tl.where(mask, moment, 0.0)  # what lies beyond the end has no say in a scale
     absmax = largest_magnitude(moment, 1)
     tl.store(absmax_ptr + block, absmax, mask=is_block)
@@ -233,17 +229,15 @@ def _quantize(
         entries_ptr,
         thresholds_ptr,
         codes_ptr,
-        LOWEST,
-        HALF,
         SHIFT,
         COMPARES,
-        ORDERED,
     )
     tl.store(y_ptr + position, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _restore(codes_ptr, absmax_ptr, codebook_ptr, position, mask, block, is_block):
+    """The values of a moment: float32 (ROWS, 256)."""
     code = tl.load(codes_ptr + position, mask=mask, other=0).to(tl.int32)
     scale = tl.load(absmax_ptr + block, mask=is_block, other=0.0)
     return tl.load(codebook_ptr + code) * scale[:, None]

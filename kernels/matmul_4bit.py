@@ -144,6 +144,7 @@ def _matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """The obvious one: x (BLOCK_M, BLOCK_K) times W^T (BLOCK_K, BLOCK_N), restored on the way."""
     inputs = rows if TRANSPOSED else columns
     outputs = columns if TRANSPOSED else rows
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
@@ -315,6 +316,7 @@ def _add_parts(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """y = the sum of the parts, in order, and of the bias."""
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (m < tokens) & (n < outputs)

@@ -25,30 +25,24 @@ from .launch import INTERPRETED
 class NearestTable:
     """How `nearest_code` finds a level; what each table holds is said there."""
 
-    entries: Tensor  # int64 (buckets,)
+    entries: Tensor  # int64 (2 ** (32 - shift),)
     thresholds: Tensor  # float32 (distinct + compares,)
     codes: Tensor  # uint8 (distinct,)
-    lowest: int
-    half: int
     shift: int
     compares: int
-    ordered: bool
     zero: int  # the code of the level 0
 
-    def constants(self) -> dict[str, int | bool]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.entries, self.thresholds, self.codes
+
+    def constants(self) -> dict[str, int]:
         """What `nearest_code` takes as constants of compilation."""
-        return {
-            "LOWEST": self.lowest,
-            "HALF": self.half,
-            "SHIFT": self.shift,
-            "COMPARES": self.compares,
-            "ORDERED": self.ordered,
-        }
+        return {"SHIFT": self.shift, "COMPARES": self.compares}
 
 
-# Buckets are as wide as the smallest step between thresholds asks for: this many bits of mantissa.
-SHIFTS = {16: 23 - 4, 256: 23 - 6}
-SMALLEST = 2.0**-24  # magnitudes below share one bucket
+# A bucket is all numbers of one sign and exponent that share so many upper bits of the mantissa: as
+# few as keep thresholds apart, if any of these do. NF4 needs 4, the dynamic codebooks 6 and 7.
+MANTISSA_BITS = (4, 5, 6, 7)
 
 
 def nearest_table(codebook: Tensor) -> NearestTable:
@@ -59,44 +53,54 @@ def nearest_table(codebook: Tensor) -> NearestTable:
 def _make_nearest(codebook: Tensor) -> NearestTable:
     # On the CPU: these are small, and how many compares there are is needed here.
     levels = codebook.cpu()
-    distinct, thresholds, codes = _thresholds(levels)
-    shift = SHIFTS[len(levels)]
-    lowest = _bits(torch.tensor(SMALLEST)) >> shift
-    half = int((_bits(torch.tensor(1.0)) >> shift) - lowest)
-    buckets = _bucket(thresholds, shift, int(lowest), half)
-    counts = torch.bincount(buckets, minlength=2 * half + 1)
-    below = counts.cumsum(0) - counts  # thresholds in lower buckets: all below what falls in here
-    compares = max(1, int(counts.max()))
+    thresholds, codes = _thresholds(levels)
+    shift, below, inside = _buckets(thresholds)
+    compares = max(1, int(inside.max()))
     padded = torch.cat([thresholds, torch.full((compares,), math.inf)])
-    entries = torch.stack([_bits(padded[below]), below.int()], dim=1).contiguous()
+    if compares == 1:
+        threshold = torch.where(inside > 0, padded[below], math.inf)
+        entries = _entries(threshold, codes[below], codes[below + inside])
+    else:
+        entries = below << 32
+    tables = (entries, padded, codes)
     return NearestTable(
-        entries.view(torch.int64).flatten().to(codebook.device),
-        padded.to(codebook.device),
-        codes.to(codebook.device),
-        int(lowest),
-        half,
+        *(table.to(codebook.device) for table in tables),
         shift,
         compares,
-        codes.tolist() == list(range(len(codes))),
         int((levels == 0).to(torch.uint8).argmax()),
     )
 
 
-def _thresholds(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct levels, what lies half-way between them, and the lowest code of each."""
+def _buckets(thresholds: Tensor) -> tuple[int, Tensor, Tensor]:
+    """SHIFT; for each bucket, how many thresholds lie below it, and how many in it."""
+    for bits in MANTISSA_BITS:
+        shift = 23 - bits
+        half = 1 << (31 - shift)  # buckets of one sign; those of the other sign follow
+        bucket = torch.arange(2 * half)
+        rank = torch.where(bucket < half, half + bucket, 2 * half - 1 - bucket)  # as values rise
+        of_threshold = rank[_bits(thresholds).long() >> shift & 2 * half - 1]
+        counts = torch.bincount(of_threshold, minlength=2 * half)
+        if counts.max() <= 1:
+            break
+    below = (counts.cumsum(0) - counts)[rank]
+    below[bucket % half >= _bits(torch.tensor(math.inf)) >> shift] = 0  # where NaN goes
+    return shift, below, counts[rank]
+
+
+def _entries(threshold: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    """What `_choose` takes: thresholds, the codes below them << 32, the codes above them << 48."""
+    return _bits(threshold).long() & 0xFFFFFFFF | below.long() << 32 | above.long() << 48
+
+
+def _thresholds(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies half-way between distinct levels, and the lowest code of each of these."""
     distinct = levels.unique()
     codes = (levels == distinct[:, None]).to(torch.uint8).argmax(dim=1).to(torch.uint8)
-    return distinct, (distinct[:-1] + distinct[1:]) / 2, codes
+    return (distinct[:-1] + distinct[1:]) / 2 + 0.0, codes  # -0 + 0 is 0: a zero has one bucket
 
 
 def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
-
-
-def _bucket(x: Tensor, shift: int, lowest: int, half: int) -> Tensor:
-    """What `nearest_code` computes: never smaller for a larger x, so that it keeps the order."""
-    magnitude = (((_bits(x) & 0x7FFFFFFF) >> shift) - lowest).clamp(0, half)
-    return torch.where(x < 0, -magnitude, magnitude) + half
 
 
 _nearest_tables = WeakTensorKeyDictionary()
@@ -111,7 +115,7 @@ def step_table(codebook: Tensor) -> tuple[Tensor, int]:
 
 
 def _make_steps(codebook: Tensor) -> tuple[Tensor, int]:
-    _, thresholds, codes = _thresholds(codebook.cpu())
+    thresholds, codes = _thresholds(codebook.cpu())
     steps = 16
     while not _are_apart(of_threshold := _step(thresholds, steps), steps):
         steps *= 2
@@ -122,9 +126,8 @@ def _make_steps(codebook: Tensor) -> tuple[Tensor, int]:
     below[0] = 0  # where NaN goes
     has_one = (of_threshold == step[:, None]).any(1)
     threshold = torch.where(has_one, thresholds[below.clamp(max=len(thresholds) - 1)], math.inf)
-    codes_of_step = codes[below].int() | codes[below + has_one.long()].int() << 16
-    entries = torch.stack([_bits(threshold), codes_of_step], dim=1).contiguous()
-    return entries.view(torch.int64).flatten().to(codebook.device), steps
+    entries = _entries(threshold, codes[below], codes[below + has_one.long()])
+    return entries.to(codebook.device), steps
 
 
 def _step(x: Tensor, steps: int) -> Tensor:
@@ -213,39 +216,37 @@ def _reciprocal(x):
 @triton.jit
 def nearest_code(
     x,  # normalised: |x| <= 1, or NaN
-    entries_ptr,  # int64 (buckets,): threshold 0 of the bucket, thresholds below it << 32
+    entries_ptr,  # int64 (2 ** (32 - SHIFT),), one for each bucket
     thresholds_ptr,  # float32, ascending, then infinities
     codes_ptr,  # uint8: codes by ascending level
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
-    COMPARES: tl.constexpr,  # the most thresholds that lie in one bucket
-    ORDERED: tl.constexpr,  # whether a code is the number of thresholds below
+    COMPARES: tl.constexpr,  # the most thresholds that lie in one bucket, 1 at least
 ):
-    """The code of the nearest level: `codes[number of thresholds < x]`; NaN is above none.
+    """The code of the nearest level, in the lowest 8 bits of what is returned.
 
-    The bits of a float, but the last ones, say in which bucket it falls; of a few thresholds alone
-    it is then not known on which side they are.
+    That is `codes[number of thresholds < x]`; NaN is above none. The bits of a float, but the last
+    ones, say in which bucket it falls; of a few thresholds alone it is then not known on which side
+    they are. Where no bucket has more than one, entries hold it and the codes, as `_entries` says;
+    else they hold the number of thresholds below << 32.
     """
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(tl.maximum(((bits & 0x7FFFFFFF) >> SHIFT) - LOWEST, 0), HALF)
-    bucket = tl.where(x < 0, -magnitude, magnitude) + HALF
-    entry = tl.load(entries_ptr + tl.where(x == x, bucket, 0))
-    first = (entry >> 32).to(tl.int32)
-    count = first + (x > entry.to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32)
-    for j in tl.static_range(1, COMPARES):
-        count += (x > tl.load(thresholds_ptr + first + j)).to(tl.int32)
-    if ORDERED:
-        return count
-    return tl.load(codes_ptr + count).to(tl.int32)
+    bucket = (x.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32)
+    entry = tl.load(entries_ptr + bucket)
+    if COMPARES == 1:
+        code = _choose(x, entry)
+    else:
+        first = (entry >> 32).to(tl.int32)
+        count = first
+        for j in tl.static_range(COMPARES):
+            count += (x > tl.load(thresholds_ptr + first + j)).to(tl.int32)
+        code = tl.load(codes_ptr + count).to(tl.int32)
+    return code
 
 
 @triton.jit
 def code_of_step(
     x,  # normalised: |x| <= 1 (or a little more, by roundings), or NaN
-    entries_ptr,  # int64 (2 STEPS + 5,): threshold, code below it << 32, code above it << 48
+    entries_ptr,  # int64 (2 STEPS + 5,), of `_entries`
     STEPS: tl.constexpr,
-    ORDERED: tl.constexpr,  # whether a code above a threshold is one more than the one below
 ):
     """The code of the nearest level, in the lowest 8 bits of what is returned.
 
@@ -256,9 +257,12 @@ def code_of_step(
     large: tl.constexpr = 12582912.0  # 1.5 * 2^23, whose bits are 0x4B400000
     x = tl.maximum(x, -(STEPS + 2.0) / STEPS)
     index = tl.fma(x, STEPS * 1.0, large).to(tl.int32, bitcast=True)
-    entry = tl.load((entries_ptr - (0x4B400000 - STEPS - 2)) + index)
+    return _choose(x, tl.load((entries_ptr - (0x4B400000 - STEPS - 2)) + index))
+
+
+@triton.jit
+def _choose(x, entry):
+    """Of an entry's codes that of the side of its threshold where x lies, in the lowest 8 bits."""
     threshold = entry.to(tl.int32).to(tl.float32, bitcast=True)
     codes = (entry >> 32).to(tl.int32)
-    if ORDERED:  # the sign of the difference is what a comparison says, and can be added
-        return codes + ((threshold - x).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
-    return tl.where(x > threshold, codes >> 16, codes)
+    return codes >> tl.where(x > threshold, 16, 0)

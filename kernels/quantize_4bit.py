@@ -36,13 +36,12 @@ def quantize_4bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     entries, steps = step_table(codebook)
     width = triton.next_power_of_2(block_size)
     if steps > 0 and 4 <= width == block_size <= LONGEST_ROW and n % block_size == 0:
-        tile = LARGE_TILE if table.ordered else LARGE_TILE // 2
-        rows = rows_of(width, len(absmax), tile)
+        rows = rows_of(width, len(absmax), LARGE_TILE)
         grid = (triton.cdiv(len(absmax), rows),)
-        sizes = {"STEPS": steps, "ORDERED": table.ordered, "ROWS": rows, "PAIRS": width // 2}
+        sizes = {"STEPS": steps, "ROWS": rows, "PAIRS": width // 2}
         _quantize_whole_rows[grid](x, packed, absmax, entries, len(absmax), **sizes, **OPTIONS)
         return packed, absmax
-    tensors = (x, packed, absmax, table.entries, table.thresholds, table.codes)
+    tensors = (x, packed, absmax, *table.tensors())
     if block_size <= LONGEST_ROW:
         rows = rows_of(width, len(absmax))
         grid = (triton.cdiv(len(absmax), rows),)
@@ -65,10 +64,9 @@ def _quantize_whole_rows(
     x_ptr,  # (blocks * 2 * PAIRS,)
     packed_ptr,  # uint8 (blocks * PAIRS,)
     absmax_ptr,  # float32 (blocks,)
-    entries_ptr,  # int64
+    entries_ptr,  # int64 (2 STEPS + 5,): nearest.step_table
     blocks,
     STEPS: tl.constexpr,
-    ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -89,9 +87,9 @@ def _quantize_whole_rows(
     by = divisors(absmax)
     bytes_ptr = packed_ptr + first.to(tl.int64) * PAIRS
     byte_ptr = bytes_ptr + row[:, None] * PAIRS + tl.arange(0, PAIRS // 2)[None, :]
-    left = code_of_step(divide(left, by), entries_ptr, STEPS, ORDERED)
+    left = code_of_step(divide(left, by), entries_ptr, STEPS)
     tl.store(byte_ptr, _pack(left, ROWS, PAIRS // 2), mask=mask[:, None])
-    right = code_of_step(divide(right, by), entries_ptr, STEPS, ORDERED)
+    right = code_of_step(divide(right, by), entries_ptr, STEPS)
     tl.store(byte_ptr + PAIRS // 2, _pack(right, ROWS, PAIRS // 2), mask=mask[:, None])
 
 
@@ -107,7 +105,7 @@ def _quantize_rows(
     x_ptr,  # (n,)
     packed_ptr,  # uint8 (ceil(n / 2),)
     absmax_ptr,  # float32 (blocks,)
-    entries_ptr,
+    entries_ptr,  # of a NearestTable, as are the next two
     thresholds_ptr,
     codes_ptr,
     n,
@@ -115,12 +113,10 @@ def _quantize_rows(
     zero,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
     COMPARES: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
+    """A row of a tile is a block, filled up to a power of two of values."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     inside = tl.arange(0, 2 * PAIRS)[None, :]
@@ -135,11 +131,8 @@ def _quantize_rows(
         entries_ptr,
         thresholds_ptr,
         codes_ptr,
-        LOWEST,
-        HALF,
         SHIFT,
         COMPARES,
-        ORDERED,
     )
     bytes_ptr = packed_ptr + first * (block_size // 2)
     _store_pairs(bytes_ptr, code, position, mask, zero, ROWS, PAIRS)
@@ -157,22 +150,20 @@ def _store_pairs(packed_ptr, code, position, mask, zero, ROWS: tl.constexpr, PAI
 
 @triton.jit
 def _quantize_long_block(
-    x_ptr,
-    packed_ptr,
-    absmax_ptr,
-    entries_ptr,
+    x_ptr,  # (n,)
+    packed_ptr,  # uint8 (ceil(n / 2),)
+    absmax_ptr,  # float32 (blocks,)
+    entries_ptr,  # of a NearestTable, as are the next two
     thresholds_ptr,
     codes_ptr,
     n,
     block_size,
     zero,
     PAIRS: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
     COMPARES: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
+    """A program has a block, and goes through it twice: for its absmax, then for its codes."""
     start = tl.program_id(0).to(tl.int64) * block_size
     end = tl.minimum(start + block_size, n)
     largest = tl.zeros((2 * PAIRS,), tl.int32)
@@ -192,10 +183,7 @@ def _quantize_long_block(
             entries_ptr,
             thresholds_ptr,
             codes_ptr,
-            LOWEST,
-            HALF,
             SHIFT,
             COMPARES,
-            ORDERED,
         )
         _store_pairs(packed_ptr, code, position, mask, zero, 1, PAIRS)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import count_left, widen
-from .launch import OPTIONS, rows_of
+from .launch import LARGE_TILE, OPTIONS, TILE, rows_of
 from .nearest import largest_magnitude, nearest_code, nearest_table, normalise
 
 LONGEST_ROW = 4096  # as in quantize_4bit.py
@@ -22,12 +22,13 @@ def quantize_8bit(x: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     if n == 0:
         return codes, absmax
     table = nearest_table(codebook)
-    tensors = (x.contiguous(), codes, absmax, table.entries, table.thresholds, table.codes)
+    tensors = (x.contiguous(), codes, absmax, *table.tensors())
     if block_size <= LONGEST_ROW:
         width = triton.next_power_of_2(block_size)
-        rows = rows_of(width, len(absmax))
+        is_whole = width == block_size and n % block_size == 0
+        rows = rows_of(width, len(absmax), LARGE_TILE if is_whole else TILE)
         grid = (triton.cdiv(len(absmax), rows),)
-        sizes = {"ROWS": rows, "WIDTH": width}
+        sizes = {"WHOLE": is_whole, "ROWS": rows, "WIDTH": width}
         _quantize_rows[grid](*tensors, n, block_size, **sizes, **table.constants(), **OPTIONS)
     else:
         size = min(block_size, n)
@@ -43,59 +44,55 @@ def _quantize_rows(
     x_ptr,  # (n,)
     y_ptr,  # uint8 (n,)
     absmax_ptr,  # float32 (blocks,)
-    entries_ptr,
+    entries_ptr,  # of a NearestTable, as are the next two
     thresholds_ptr,
     codes_ptr,
     n,
     block_size,
+    WHOLE: tl.constexpr,  # whether every block is a row, and none is short
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
     COMPARES: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
+    """A row of a tile is a block."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     inside = tl.arange(0, WIDTH)[None, :]
     position = row[:, None] * block_size + inside  # from the tile's first
     left = count_left(n, first * block_size)
-    mask = (inside < block_size) & (position < left)
-    x = widen(tl.load(x_ptr + first * block_size + position, mask=mask, other=0.0))
+    is_block = row * block_size < left
+    start_ptr = x_ptr + first * block_size
+    if WHOLE:  # beyond the end the last block is quantised again, and not stored
+        mask = is_block[:, None]
+        last = left // WIDTH - 1
+        x = widen(tl.load(start_ptr + (tl.minimum(row, last)[:, None] * WIDTH + inside)))
+    else:
+        mask = (inside < block_size) & (position < left)
+        x = widen(tl.load(start_ptr + position, mask=mask, other=0.0))
     absmax = largest_magnitude(x, 1)
-    tl.store(absmax_ptr + first + row, absmax, mask=row * block_size < left)
+    tl.store(absmax_ptr + first + row, absmax, mask=is_block)
     code = nearest_code(
-        normalise(x, absmax),
-        entries_ptr,
-        thresholds_ptr,
-        codes_ptr,
-        LOWEST,
-        HALF,
-        SHIFT,
-        COMPARES,
-        ORDERED,
+        normalise(x, absmax), entries_ptr, thresholds_ptr, codes_ptr, SHIFT, COMPARES
     )
     tl.store(y_ptr + first * block_size + position, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _quantize_long_block(
-    x_ptr,
-    y_ptr,
-    absmax_ptr,
-    entries_ptr,
+    x_ptr,  # (n,)
+    y_ptr,  # uint8 (n,)
+    absmax_ptr,  # float32 (blocks,)
+    entries_ptr,  # of a NearestTable, as are the next two
     thresholds_ptr,
     codes_ptr,
     n,
     block_size,
     WIDTH: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HALF: tl.constexpr,
     SHIFT: tl.constexpr,
     COMPARES: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):
+    """A program has a block, and goes through it twice: for its absmax, then for its codes."""
     start = tl.program_id(0).to(tl.int64) * block_size
     end = tl.minimum(start + block_size, n)
     largest = tl.zeros((WIDTH,), tl.int32)
@@ -114,10 +111,7 @@ def _quantize_long_block(
             entries_ptr,
             thresholds_ptr,
             codes_ptr,
-            LOWEST,
-            HALF,
             SHIFT,
             COMPARES,
-            ORDERED,
         )
         tl.store(y_ptr + position, code.to(tl.uint8), mask=position < end)

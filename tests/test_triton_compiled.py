@@ -17,10 +17,12 @@ from compare import (
     assert_error_at_most_twice_torch,
     assert_same_bits,
     define_adamw,
+    define_adamw_8bit,
     define_matmul,
     define_quantize,
     define_quantize_8bit,
     normal,
+    random_bytes,
     random_weight,
 )
 from torch.nn.functional import linear
@@ -180,13 +182,30 @@ def test_matmul_4bit_adds_the_parts_of_a_sum(monkeypatch: pytest.MonkeyPatch) ->
     assert_error_at_most_twice_torch(y, by_torch, define_matmul(x, weight.dense(), bias, False))
 
 
+OPTIONS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+
+
 @SLOW
 def test_adamw_step() -> None:
-    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     param, grad = normal(1000, seed=1, dtype=BFLOAT16), normal(1000, seed=2, dtype=BFLOAT16)
     m, v = normal(1000, seed=3), normal(1000, seed=4).square()
-    expected = define_adamw(param, grad, m, v, **options, step=3)
+    expected = define_adamw(param, grad, m, v, **OPTIONS, step=3)
     with on_simulated_gpu():
-        adamw_step([param], [grad], [m], [v], [], [], None, None, *options.values(), 3)
+        adamw_step([param], [grad], [m], [v], [], [], None, None, *OPTIONS.values(), 3)
     for actual, wanted in zip((param, m, v), expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@SLOW
+def test_adamw_step_with_8bit_moments() -> None:
+    param, grad = normal(1000, seed=1, dtype=BFLOAT16), normal(1000, seed=2, dtype=BFLOAT16)
+    codes = [random_bytes(1000, seed=seed) for seed in (3, 4)]
+    absmaxes = [normal(4, seed=seed).abs() for seed in (5, 6)]
+    tables = codebooks.dynamic_codebook(), codebooks.dynamic_codebook(signed=False)
+    expected = define_adamw_8bit(param, grad, codes, absmaxes, tables, **OPTIONS, step=3)
+    with on_simulated_gpu():
+        lists = ([tensor] for tensor in (param, grad, *codes, *absmaxes))
+        adamw_step(*lists, *tables, *OPTIONS.values(), 3)
+    assert_same_bits(param, expected[0])
+    for actual, wanted in zip(codes + absmaxes, expected[1] + expected[2], strict=True):
         assert_same_bits(actual, wanted)
