@@ -16,27 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_ref import ops
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, Slice
 from qlora_ref.paging.layout import Fields, state_fields
-from qlora_ref.state_optimizer import Options, StateOptimizer
+from qlora_ref.state_optimizer import Options, Parts, StateOptimizer
 
 
 @dataclass(frozen=True)
 class Rule:
     """What an optimizer does to a parameter.
 
-    update   (param, grad, moments, options, step) -> None, all float32, in place; step from 1
-    signed   for each moment, by name: whether it can be negative, which decides its 8-bit levels
-    whole    whether a step depends on all values of a parameter at once
+    update     (param, grad, moments, options, step) -> None, all float32, in place; step from 1
+    signed     for each moment, by name: whether it can be negative, which decides its 8-bit levels
+    direction  the same arguments -> Tensor: what a step goes along, of a rule that has to know
+               the norm of all of it. It updates the moments and leaves the parameter
     """
 
     update: Callable[[Tensor, Tensor, list[Tensor], Options, int], None]
     signed: dict[str, bool]
-    whole: bool = False
+    direction: Callable[[Tensor, Tensor, list[Tensor], Options, int], Tensor] | None = None
 
 
 def momentum(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
@@ -118,10 +120,15 @@ def lars(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: in
 
     bitsandbytes' form; in the paper (You et al., arXiv 1708.03888) the factor may be above 1.
     """
-    (m,) = moments
-    g.add_(p, alpha=options["weight_decay"])
-    m.mul_(options["betas"][0]).add_(g)
+    m = _lars_direction(p, g, moments, options, step)
     p.sub_(m * _cut(m, p, options), alpha=options["lr"])
+
+
+def _lars_direction(
+    p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int
+) -> Tensor:
+    g.add_(p, alpha=options["weight_decay"])
+    return moments[0].mul_(options["betas"][0]).add_(g)
 
 
 def lamb(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int) -> None:
@@ -134,21 +141,55 @@ def lamb(p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: in
     The form of bitsandbytes' CPU backend; in the paper (You et al., arXiv 1904.00962, algorithm 2)
     the norm is that of the corrected direction with the decay, and the factor may be above 1.
     """
-    m, v = moments
     beta1, beta2 = options["betas"][:2]
-    root = (1 - beta2**step) ** 0.5
-    m.mul_(beta1).add_(g, alpha=1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    direction = m / v.sqrt().add_(options["eps"] * root)
+    direction = _lamb_direction(p, g, moments, options, step)
     factor = _cut(direction, p, options)
     p.mul_(1 - options["lr"] * options["weight_decay"])
+    root = (1 - beta2**step) ** 0.5
     p.sub_(direction * factor, alpha=options["lr"] * root / (1 - beta1**step))
 
 
+def _lamb_direction(
+    p: Tensor, g: Tensor, moments: list[Tensor], options: Options, step: int
+) -> Tensor:
+    m, v = moments
+    beta1, beta2 = options["betas"][:2]
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    return m / v.sqrt().add_(options["eps"] * (1 - beta2**step) ** 0.5)
+
+
 def _cut(direction: Tensor, p: Tensor, options: Options) -> Tensor:
-    """min(1, max_unorm |p| / |direction|); 1 for a direction of zeros."""
-    ratio = options["max_unorm"] * p.norm() / direction.norm()
+    """min(1, max_unorm |p| / |direction|); 1 for a direction of zeros.
+
+    Where these are parts of a parameter, the options have the norms of the whole.
+    """
+    own, length = options.get("norms") or _norms([_squares(p, direction)])
+    ratio = options["max_unorm"] * own / length
     return ratio.nan_to_num(nan=1.0).clamp(max=1.0)
+
+
+def _norms(squares: list[Tensor]) -> tuple[Tensor, ...]:
+    """The norms of p and of the direction, from the `_squares` of all parts in their order."""
+    return torch.cat(squares, dim=1).sum(dim=1).sqrt().float().unbind()
+
+
+def _squares(*tensors: Tensor) -> Tensor:
+    """The sum of squares of each block of 256 values, float64 (tensors, blocks).
+
+    Halves are added to halves, and parts begin where blocks do: it has the same bits wherever a
+    parameter is cut.
+    """
+    return torch.stack([_squares_of_blocks(tensor.flatten().double()) for tensor in tensors])
+
+
+def _squares_of_blocks(values: Tensor) -> Tensor:
+    padded = F.pad(values, (0, -values.numel() % DYNAMIC_BLOCK_SIZE))
+    sums = padded.view(-1, DYNAMIC_BLOCK_SIZE).square()
+    while sums.shape[1] > 1:
+        left, right = sums.chunk(2, dim=1)
+        sums = left + right
+    return sums[:, 0]
 
 
 RULES = {
@@ -156,8 +197,8 @@ RULES = {
     "rmsprop": Rule(rmsprop, {"square": False}),
     "adagrad": Rule(adagrad, {"sum": False}),
     "lion": Rule(lion, {"momentum": True}),
-    "lars": Rule(lars, {"momentum": True}, whole=True),
-    "lamb": Rule(lamb, {"momentum": True, "square": False}, whole=True),
+    "lars": Rule(lars, {"momentum": True}, _lars_direction),
+    "lamb": Rule(lamb, {"momentum": True, "square": False}, _lamb_direction),
     "ademamix": Rule(ademamix, {"fast": True, "slow": True, "square": False}),
 }
 
@@ -173,13 +214,16 @@ class RuleOptimizer(StateOptimizer):
     t_alpha, t_beta3   int or None: steps in which these two of ademamix reach their values
     max_unorm       float, >= 0; of lars and lamb: the longest step, beside the parameter's norm
     state_bits      32 or 8
-    paged, resident_bytes, page_directory   as for optim.AdamW; not for lars and lamb, whose steps
-                    depend on a whole parameter
+    paged, resident_bytes, page_directory   as for optim.AdamW; lars and lamb, which need the norm
+                    of a whole parameter, bring each page in twice a step
 
     Parameters of other dtypes are updated in float32 and rounded once. One without a gradient is
     left alone. Raises ValueError for options out of range, and for gradients that do not fit,
     before anything is changed.
     """
+
+    # Of the parameters that are stepped in parts; see `survey`.
+    _norms: Mapping[Tensor, tuple[Tensor, ...]] = {}
 
     def __init__(
         self,
@@ -200,11 +244,6 @@ class RuleOptimizer(StateOptimizer):
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
-        if paged is not False and RULES[rule].whole:
-            raise ValueError(
-                f"a step of {rule} depends on the norm of a whole parameter, and a page holds a "
-                "part of one: use paged=False"
-            )
         defaults: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "state_bits": state_bits, "max_unorm": max_unorm}
         defaults |= {"rule": rule, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -214,13 +253,26 @@ class RuleOptimizer(StateOptimizer):
         """See StateOptimizer."""
         return _fields(group["rule"], group["state_bits"])
 
+    def survey(self, trained: list[Tensor], parts: Parts) -> None:
+        """See StateOptimizer: the norms of whole parameters, for the rules that need them."""
+        rules = {p: (RULES[g["rule"]], g) for g in self.param_groups for p in g["params"]}
+        squares: dict[Tensor, list[Tensor]] = {}
+        for part in parts([param for param in trained if rules[param][0].direction]):
+            (rule, group), step = rules[part.owner], self.state[part.owner]["step"]
+            assert rule.direction is not None
+            moments = [moment.clone() for moment in _moments(part, rule)]
+            direction = rule.direction(*_values(part), moments, group, step)
+            squares.setdefault(part.owner, []).append(_squares(part.param.float(), direction))
+        self._norms = {param: _norms(found) for param, found in squares.items()}
+
     def step_alike(self, batch: list[Slice], group: Options, step: int) -> None:
         """See StateOptimizer."""
         rule = RULES[group["rule"]]
         for part in batch:
-            moments = [_decode(part.state, *moment) for moment in rule.signed.items()]
-            values = part.param.float()  # the parameter itself, if that is what it is
-            rule.update(values, part.grad.float().clone(), moments, group, step)
+            moments = _moments(part, rule)
+            values, grad = _values(part)
+            options = {**group, "norms": self._norms.get(part.owner)}
+            rule.update(values, grad, moments, options, step)
             if values is not part.param:
                 part.param.copy_(values)
             for (name, signed), moment in zip(rule.signed.items(), moments):
@@ -235,6 +287,16 @@ class RuleOptimizer(StateOptimizer):
         if mine != theirs:
             raise ValueError(f"the saved state is of the rule {theirs}, this optimizer has {mine}")
         super().load_state_dict(state_dict)
+
+
+def _moments(part: Slice, rule: Rule) -> list[Tensor]:
+    """In float32: those of a state of 32 bits themselves."""
+    return [_decode(part.state, *moment) for moment in rule.signed.items()]
+
+
+def _values(part: Slice) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient in float32: the parameter itself, if that is what it is."""
+    return part.param.float(), part.grad.float().clone()
 
 
 @functools.cache

@@ -121,6 +121,11 @@ class PagedState:
             update(parts)
         self._fresh -= set(numbers)
 
+    def parts(self, params: Iterable[Tensor]) -> Iterator[Slice]:
+        """Every part of paged parameters in its order, to look at: nothing is written back."""
+        for piece, views in self._walk(set(params), changed=False):
+            yield _slice(piece, views)
+
     def read(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """The state of parameters as whole tensors, mapped from a file: they need no memory."""
         chosen = [param for param in params if param in self]
@@ -227,11 +232,8 @@ class PagedState:
     def _slices(self, tier: Tier, page: int, chosen: set[Tensor]) -> list[Slice]:
         """The parts of the chosen parameters whose state is in a page, which is brought in."""
         data = self._open(tier, page)
-        return [
-            Slice(p.param, p.part(p.param), p.part(p.param.grad).contiguous(), p.views(data))
-            for p in self._pages[page]
-            if p.param in chosen and p.param.grad is not None
-        ]
+        pieces = [piece for piece in self._pages[page] if piece.param in chosen]
+        return [_slice(piece, piece.views(data)) for piece in pieces]
 
     def _open(self, tier: Tier, page: int) -> Tensor:
         data = tier.touch(page)
@@ -295,6 +297,12 @@ class PagedState:
         if last and not self._ahead and self._tier is not None and self._is_ours():
             self._ahead = True
             self._tier.prefetch(self._order)
+
+
+def _slice(piece: Piece, state: Mapping[str, Tensor]) -> Slice:
+    assert piece.param.grad is not None
+    grad = piece.part(piece.param.grad).contiguous()
+    return Slice(piece.param, piece.part(piece.param), grad, state)
 
 
 def make_tier(

@@ -97,7 +97,7 @@ def layer_for(old: nn.Module) -> Module4bit | None:
         return old
     if isinstance(old, nn.Linear) or is_conv1d(old):  # a Conv1D's is stored as (N, K), too
         weight, bias = dense_parameters(old)
-        layer = Linear4bit(weight.shape[1], weight.shape[0], device="meta")
+        layer = Linear4bit(weight.shape[1], weight.shape[0], double_quant=False, device="meta")
         layer.bias = bias  # type: ignore[assignment]
         return layer
     if isinstance(old, nn.Embedding):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qlora_ref.paging.layout import Fields
 
 STATE_BITS = (32, 8)
 Options = dict[str, Any]
+Parts = Callable[[list[Tensor]], Iterator[Slice]]
 
 
 class StateOptimizer(torch.optim.Optimizer, ABC):
@@ -60,6 +61,13 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
     def step_alike(self, batch: list[Slice], group: Options, step: int) -> None:
         """Update parameters, or parts of them, of one group and device; `step` counts from 1."""
 
+    def survey(self, trained: list[Tensor], parts: Parts) -> None:  # noqa: B027
+        """For a step that depends on all of a paged parameter: before it changes the first part.
+
+        trained  the paged parameters of this step
+        parts    of such parameters, with their state as it is before the step; nothing is changed
+        """
+
     def add_param_group(self, param_group: Options) -> None:
         """Add parameters with options of their own. Raises ValueError for options out of range."""
         _check_options({**self.defaults, **param_group})
@@ -84,8 +92,10 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         self._count(trained, 1)
         update = functools.partial(self._step_slices, _groups_of_params(self.param_groups))
         if self._paged is not None:
+            paged = [p for params in trained for p in params if self._is_paged(p)]
             try:
-                self._paged.step([p for params in trained for p in params], update)
+                self.survey(paged, self._paged.parts)
+                self._paged.step(paged, update)
             except BaseException:
                 self._count(trained, -1)  # nothing else has changed
                 raise

@@ -1,20 +1,60 @@
-"""transformers with the installed bitsandbytes, in a process of its own.
+"""transformers with the installed bitsandbytes, in a process of its own: `ask` it for
 
-    python bitsandbytes_program.py '[["quantize", DENSE, SAVED, {"bnb_4bit_quant_type": "nf4"}],
-                                     ["logits", SAVED, OUTPUT], ...]'
+    ("quantize", DENSE, SAVED, {"bnb_4bit_quant_type": "nf4"})
+    ("logits", SAVED, OUTPUT)      for tokens 0 to 15, in training mode: in evaluation mode the
+                                   library rearranges weights
 
-Logits are for tokens 0 to 15, in training mode: in evaluation mode the library rearranges weights.
+All tests share one process, which takes longer to start than to answer.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import os
+import subprocess
 import sys
-from typing import Any
+import tempfile
+from typing import IO, Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+
+# At once: tests hide it from their own process.
+INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
+
+
+def ask(*job: Any) -> None:
+    """Have it do a job; skips where bitsandbytes is missing."""
+    if not INSTALLED:
+        pytest.skip("bitsandbytes is missing: pip install bitsandbytes==0.50.2")
+    process, errors = _process()
+    print(json.dumps(job, default=str), file=process.stdin, flush=True)
+    if process.stdout.readline() != "done\n":
+        process.wait()
+        errors.seek(0)
+        _process.cache_clear()
+        raise AssertionError(errors.read()[-3000:])
+
+
+@functools.cache
+def _process() -> tuple[Any, IO[str]]:
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # bitsandbytes looks for kernels on the hub
+    )
+    return process, errors
+
+
+# In that process, which ends when its input does.
 
 
 def load(folder: str, **arguments: Any) -> Any:
@@ -34,5 +74,8 @@ def logits(saved: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    for name, *job in json.loads(sys.argv[1]):
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, *job = json.loads(line)
         {"quantize": quantize, "logits": logits}[name](*job)
+        print("done", file=answers, flush=True)

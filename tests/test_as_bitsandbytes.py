@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes_program import ask
 from safetensors.torch import load_file
 
+from qlora_ref.stand_in import as_bitsandbytes
+
 HERE = Path(__file__).parent
-INSTALLED = "import bitsandbytes"
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,12 +72,8 @@ def test_peft_merges_into_4_bits(seen: dict[str, Any]) -> None:
 def test_what_is_saved_is_what_bitsandbytes_saves(
     seen: dict[str, Any], dense: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes==0.50.2")
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    program = str(HERE / "bitsandbytes_program.py")
-    jobs = json.dumps([["quantize", str(dense), str(tmp_path), options]])
-    done = run(program, jobs, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    ask("quantize", dense, tmp_path, options)
     mine = load_file(seen["folder"] / "model.safetensors")
     theirs = load_file(tmp_path / "model.safetensors")
     assert mine.keys() == theirs.keys()
@@ -92,41 +91,46 @@ def test_what_is_saved_is_what_bitsandbytes_saves(
 
 def test_it_must_come_before_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes==0.50.2")
-    done = run("-c", f"{INSTALLED}; import qlora_ref; qlora_ref.as_bitsandbytes()")
-    assert "RuntimeError" in done.stderr and "very start" in done.stderr
+    with pytest.raises(RuntimeError, match="very start"):
+        as_bitsandbytes()
 
 
-def test_calling_it_twice_does_nothing() -> None:
-    script = "from qlora_ref import as_bitsandbytes as a; a(); a(); import bitsandbytes as b; a()"
-    done = run("-c", f"{script}; print(b.__name__)")
-    assert done.stdout.strip() == "qlora_ref.integrations.bitsandbytes", done.stderr
-
-
-def test_children_that_do_not_need_it_import_nothing_of_it() -> None:
-    child = "import sys; print({'torch', 'qlora_ref'} & set(sys.modules))"
-    script = (
-        "import subprocess, sys, qlora_ref; qlora_ref.as_bitsandbytes();"
-        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
-    )
-    assert run("-c", script).stdout.strip() == "set()"
-
-
-def test_the_sitecustomize_of_the_user_still_runs(tmp_path: Path) -> None:
+def test_children_import_what_they_need_and_the_sitecustomize_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os; os.environ['SEEN'] = 'yes'\n")
-    child = "import os; print(os.environ.get('SEEN'))"
+    child = "import os, sys; print(os.environ.get('SEEN'), {'torch', 'qlora_ref'} & {*sys.modules})"
     script = (
-        "import os, subprocess, sys, qlora_ref; del os.environ['SEEN'];"
-        "qlora_ref.as_bitsandbytes();"
-        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+        "import os, subprocess, sys; from qlora_ref import as_bitsandbytes; del os.environ['SEEN'];"
+        "as_bitsandbytes(); as_bitsandbytes();"  # twice is once
+        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True));"
+        "import bitsandbytes; as_bitsandbytes(); print(bitsandbytes.__name__)"
     )
     paths = os.pathsep.join([str(tmp_path), str(HERE.parent)])
-    assert run("-c", script, PYTHONPATH=paths).stdout.strip() == "yes"
+    done = run("-c", script, PYTHONPATH=paths)
+    assert done.stdout.split() == ["yes", "set()", "qlora_ref.integrations.bitsandbytes"], done
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command in this process, where nothing may take the place of bitsandbytes."""
+    monkeypatch.setattr("qlora_ref.stand_in.as_bitsandbytes", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["as_bitsandbytes", *arguments])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    runpy.run_module("qlora_ref.as_bitsandbytes", run_name="__main__")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_without_a_program_it_says_how_to_call_it(arguments: list[str]) -> None:
-    done = run("-m", "qlora_ref.as_bitsandbytes", *arguments)
-    assert done.returncode != 0 and "script.py" in done.stderr
+def test_without_a_program_it_says_how_to_call_it(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"script\.py"):
+        run_here(monkeypatch, *arguments)
+
+
+def test_a_module_is_run_as_a_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, "-m", "json.tool", "--help")
+    assert "json.tool" in capsys.readouterr().out
 
 
 def test_a_program_gets_its_arguments_and_its_folder(tmp_path: Path) -> None:
@@ -136,5 +140,3 @@ def test_a_program_gets_its_arguments_and_its_folder(tmp_path: Path) -> None:
     program = str(tmp_path / "script.py")
     done = run("-W", "error", "-m", "qlora_ref.as_bitsandbytes", program, "-m", "x")
     assert done.stdout.strip() == "['-m', 'x'] neighbour __main__", done.stderr
-    done = run("-m", "qlora_ref.as_bitsandbytes", "-m", "json.tool", "--help")
-    assert "json.tool" in done.stdout, done.stderr

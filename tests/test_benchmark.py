@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_cli import qlora
+from training import qlora
 
 from qlora_ref import dispatch
 from qlora_ref.benchmark import limits, timing

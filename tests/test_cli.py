@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import qlora
 
-from qlora_ref.cli import main
 from qlora_ref.cli.finetune import _parse_targets
 from qlora_ref.dispatch import OPERATIONS
 
@@ -29,20 +26,6 @@ TINY = str(DATA / "tiny_llama")
 def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora_ref.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def qlora(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has torch and transformers loaded already."""
-    command = ["qlora-ref", *map(str, arguments)]
-    out, err, code, threads = io.StringIO(), io.StringIO(), None, torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small, and the machine may be busy
-    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code
-    torch.set_num_threads(threads)
-    return subprocess.CompletedProcess(command, int(code or 0), out.getvalue(), err.getvalue())
 
 
 def as_json(*arguments: object) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import TEXT, TINY, as_json, qlora
+from test_cli import TEXT, TINY, as_json
+from training import qlora
 
 import qlora_ref
 from qlora_ref.data import calibration_batches

@@ -70,8 +70,9 @@ def test_thirty_steps_lower_the_held_out_perplexity_by_a_third(tmp_path: Path) -
         compute_dtype="float32",
         steps=30,
         batch_size=4,
-        length=128,
+        length=64,
         learning_rate=3e-3,
+        evaluation_sequences=16,
     )
     result = finetune(settings, tmp_path / "run", sample_prompt="Define: LOVE")
     assert result.after.perplexity < 0.7 * result.before.perplexity

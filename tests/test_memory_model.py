@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import as_json, qlora
+from test_cli import as_json
 from torch import nn
+from training import qlora
 
 import qlora_ref
 from qlora_ref.finetune import enable_checkpointing
@@ -178,21 +179,30 @@ GPT2 |= {"attn_pdrop": 0.0}  # attention on the CPU keeps its weights if some ar
 QWEN = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 3}
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama-float32": (LLAMA, {"compute_dtype": "float32"}),
+    "llama-bfloat16-dropout": (LLAMA, {"compute_dtype": "bfloat16", "dropout": 0.1}),
+    "one-kv-head-tied": (GROUPED, {"compute_dtype": "float32", "r": 8}),
+    "gpt2": (GPT2, {"compute_dtype": "float32", "r": 8}),
+    "qwen2-bias": (QWEN, {"compute_dtype": "bfloat16", "r": 8}),
+}
+# Each kind, and each way of holding activations, at least once in every run.
+FAST = {
+    *(("llama-float32", True), ("llama-bfloat16-dropout", False), ("one-kv-head-tied", True)),
+    *(("gpt2", False), ("qwen2-bias", True)),
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "options"),
+    ("kind", "checkpointing"),
     [
-        (LLAMA, {"compute_dtype": "float32"}),
-        (LLAMA, {"compute_dtype": "bfloat16", "dropout": 0.1}),
-        (GROUPED, {"compute_dtype": "float32", "r": 8}),
-        (GPT2, {"compute_dtype": "float32", "r": 8}),
-        (QWEN, {"compute_dtype": "bfloat16", "r": 8}),
+        pytest.param(kind, on, marks=[] if (kind, on) in FAST else [pytest.mark.slow])
+        for kind in KINDS
+        for on in (True, False)
     ],
-    ids=["llama-float32", "llama-bfloat16-dropout", "one-kv-head-tied", "gpt2", "qwen2-bias"],
 )
-def test_activations_and_peak_are_what_is_measured(
-    config: dict[str, Any], options: dict[str, Any], checkpointing: bool
-) -> None:
+def test_activations_and_peak_are_what_is_measured(kind: str, checkpointing: bool) -> None:
+    config, options = KINDS[kind]
     given = settings(**options, batch_size=2, length=128, gradient_checkpointing=checkpointing)
     found = predict_memory(config, given).step
     real = step_bytes(measured(config, given), a_batch(2, 128))
@@ -201,7 +211,7 @@ def test_activations_and_peak_are_what_is_measured(
     assert found.gradients == real.gradients
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "adamw_8bit"])
 def test_every_part_is_what_a_fine_tune_reports(optimizer: str) -> None:
     given = settings(compute_dtype="float32", r=8, optimizer=optimizer, batch_size=2, length=64)
     model = measured(LLAMA, given)

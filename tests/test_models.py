@@ -17,8 +17,8 @@ from training import (
     TINY,
     logits,
     one_thread,  # noqa: F401
-    run_cli,
     some_ids,
+    start_cli,
     tiny_model,
     tiny_settings,
 )
@@ -173,8 +173,9 @@ def test_a_source_that_is_not_there_is_named(
 def test_a_hub_name_without_a_network_is_one_clear_error(tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = ["--data", str(TINY.parent / "shakespeare.txt"), "--output", str(output)]
-    code, out, err = run_cli("finetune", "--model", "nobody/no-such-model", *options)
-    assert code == 1 and out == "" and not output.exists()
+    process = start_cli("finetune", "--model", "nobody/no-such-model", *options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out == "" and not output.exists()
     assert "Traceback" not in err
     errors = err[err.index("error:") :]
     assert "nobody/no-such-model" in errors and "offline" in errors.lower()

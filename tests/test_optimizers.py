@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_ref import codebooks
 from qlora_ref.integrations.bitsandbytes import optim as ours
 from qlora_ref.optimizers import RULES, RuleOptimizer
+from qlora_ref.paging.files import PageFile
 
 STEPS = 6
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
@@ -209,6 +210,9 @@ def test_a_state_of_another_rule_is_refused() -> None:
 # Paged.
 
 
+OTHER_STATES = ((8, torch.bfloat16), (32, torch.float32))
+
+
 def large_parameters(dtype: torch.dtype) -> list[nn.Parameter]:
     """Several pages' worth, with a short last block, and one that is not paged."""
     shapes = ((700, 601), (513, 512), (40, 30))
@@ -220,14 +224,20 @@ def set_gradients(params: list[nn.Parameter], step: int) -> None:
         param.grad = normal(*param.shape, seed=10 * step + number).to(param.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.whole])
+@pytest.mark.parametrize(
+    "bits, dtype",
+    [
+        *((8, torch.float32), (32, torch.bfloat16)),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_STATES),
+    ],
+)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_paged_state_gives_the_bits_of_one_in_memory(
     tmp_path: Path, rule: str, bits: int, dtype: torch.dtype
 ) -> None:
-    betas = (0.9, 0.99, 0.999)[: 2 if rule == "lion" else 3]
+    betas = (0.9, 0.99, 0.999)[: 2 if rule in ("lion", "lamb") else 3]
     options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "state_bits": bits}
+    options["max_unorm"] = 0.02  # every step of lars and lamb is longer, and cut down
     pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
     plain, paged = (
         RuleOptimizer(large_parameters(dtype), rule, **options, **more) for more in ({}, pages)
@@ -272,9 +282,46 @@ def test_the_paged_ones_under_bitsandbytes_names_page(name: str, bits: str) -> N
 
 
 @pytest.mark.parametrize("rule", ["lars", "lamb"])
-def test_rules_that_look_at_a_whole_parameter_are_not_paged(rule: str) -> None:
-    with pytest.raises(ValueError, match="norm of a whole parameter.*paged=False"):
-        RuleOptimizer([nn.Parameter(normal(4))], rule, lr=0.1, paged=True)
+def test_a_paged_step_is_cut_down_by_the_norms_of_whole_parameters(
+    tmp_path: Path, rule: str
+) -> None:
+    param = nn.Parameter(normal(700, 601, seed=0))
+    pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
+    optimizer = RuleOptimizer([param], rule, 0.5, (0.0, 0.0), max_unorm=0.02, **pages)
+    # Larger in each row than in the one before: no part is like the whole.
+    param.grad = normal(700, 601, seed=1) * torch.arange(1, 701)[:, None]
+    before = param.detach().double()
+    # Without momentum lars goes along the gradient, and lamb along its signs.
+    direction = param.grad.double() if rule == "lars" else param.grad.double().sign()
+    optimizer.step()
+    expected = before - 0.5 * 0.02 * before.norm() * direction / direction.norm()
+    # eps beside gradients of 1e-4 and more, and float32's rounding of values of at most 5.
+    torch.testing.assert_close(param.double(), expected, rtol=0, atol=1e-4 * 0.02 + 5 * 2.0**-23)
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb"])
+def test_a_disk_that_fails_while_norms_are_taken_changes_nothing(
+    tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
+    params, plain = large_parameters(torch.float32), large_parameters(torch.float32)
+    paged = RuleOptimizer(params, rule, 1e-2, (0.9, 0.99), **pages)
+    expected = RuleOptimizer(plain, rule, 1e-2, (0.9, 0.99))
+    for step in range(3):
+        set_gradients(params, step)
+        set_gradients(plain, step)
+        if step == 1:
+            with monkeypatch.context() as broken:
+                broken.setattr(PageFile, "read", fail)
+                with pytest.raises(OSError, match="as they were before the step"):
+                    paged.step()
+        paged.step()
+        expected.step()
+    assert all(torch.equal(one, other) for one, other in zip(params, plain))
+
+
+def fail(*arguments: Any) -> None:
+    raise OSError(5, "no such sector")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,14 @@ def converted_with_adapters() -> Any:
     return model
 
 
+@functools.cache
+def untrained() -> Any:
+    """For those that look at the optimizer alone."""
+    return converted_with_adapters()
+
+
 def trainer(folder: Path, model: Any = None, **options: Any) -> transformers.Trainer:
-    model = converted_with_adapters() if model is None else model
+    model = untrained() if model is None else model
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
@@ -60,7 +67,7 @@ def trainer(folder: Path, model: Any = None, **options: Any) -> transformers.Tra
 
 
 def trained(folder: Path, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    run = trainer(folder, **options)
+    run = trainer(folder, converted_with_adapters(), **options)
     run.train()
     return run, {n: p.detach() for n, p in run.model.named_parameters() if p.requires_grad}
 

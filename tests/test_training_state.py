@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -190,6 +191,13 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path)
     assert facts(output) == facts(tmp_path / "unbroken")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    finetune(tiny_settings(), output)
+    return output
+
+
 def test_resuming_a_finished_run_changes_no_bit(tmp_path: Path) -> None:
     first = finetune(tiny_settings(), tmp_path / "run")
     before = files_below(tmp_path / "run")
@@ -216,13 +224,12 @@ def same(result: Result) -> tuple[Any, Any, float]:
     ],
 )
 def test_other_settings_or_text_are_named_and_nothing_is_touched(
-    tmp_path: Path, changed: dict[str, Any], message: str
+    finished: Path, changed: dict[str, Any], message: str
 ) -> None:
-    finetune(tiny_settings(), tmp_path / "run")
-    before = files_below(tmp_path / "run")
+    before = files_below(finished)
     with pytest.raises(ValueError, match=f"is of another run: .*{message}"):
-        finetune(tiny_settings(**changed), tmp_path / "run", resume=True)
-    assert files_below(tmp_path / "run") == before
+        finetune(tiny_settings(**changed), finished, resume=True)
+    assert files_below(finished) == before
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -233,32 +240,40 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished_on_a_copy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("copy")
+    source = save_changed_model(folder / "model", lambda model: None)
+    finetune(tiny_settings(model=str(source), steps=1), folder / "run")
+    return source, folder / "run"
+
+
 @pytest.mark.parametrize("what", CHANGES)
-def test_another_model_at_the_same_place_is_found_out(tmp_path: Path, what: str) -> None:
-    source = save_changed_model(tmp_path / "model", lambda model: None)
-    settings = tiny_settings(model=str(source))
-    finetune(settings, tmp_path / "run")
-    before = files_below(tmp_path / "run")
+def test_another_model_at_the_same_place_is_found_out(
+    finished_on_a_copy: tuple[Path, Path], what: str
+) -> None:
+    source, output = finished_on_a_copy
+    before = files_below(output)
     save_changed_model(source, CHANGES[what])
     with pytest.raises(ValueError, match="is of another run: base_sha256 was"):
-        finetune(settings, tmp_path / "run", resume=True)
-    assert files_below(tmp_path / "run") == before
+        finetune(tiny_settings(model=str(source), steps=1), output, resume=True)
+    assert files_below(output) == before
 
 
 @pytest.mark.parametrize("name", ["training.pt", "adapter_model.safetensors", "run.json"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(
-    tmp_path: Path, name: str, damage: str
+    finished: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
-    finetune(tiny_settings(steps=1), tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint-000001" / name
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-000003" / name
     content = file.read_bytes()
     file.unlink()
     if damage != "gone":
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     before = files_below(tmp_path / "run")
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):
-        finetune(tiny_settings(steps=1), tmp_path / "run", resume=True)
+        finetune(tiny_settings(), tmp_path / "run", resume=True)
     assert files_below(tmp_path / "run") == before
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
+import importlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes_program import ask
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,8 +20,6 @@ from qlora_ref import convert_model, quantize
 from qlora_ref.integrations import transformers as ours
 from qlora_ref.integrations.transformers import QLoRAConfig
 from qlora_ref.module4bit import layers_4bit
-
-INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 
 TOKENS = torch.arange(16)[None]
 SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 96}
@@ -75,16 +71,6 @@ def assert_same_files(mine: Path, theirs: Path) -> None:
     first, second = stored(mine), stored(theirs)
     assert first.keys() == second.keys()
     assert not [key for key in first if not torch.equal(first[key], second[key])]
-
-
-def bitsandbytes_program(*jobs: list[Any]) -> None:
-    if not INSTALLED:
-        pytest.skip("bitsandbytes is missing: pip install bitsandbytes==0.50.2")
-    program = Path(__file__).with_name("bitsandbytes_program.py")
-    command = [sys.executable, str(program), json.dumps(jobs, default=str)]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # bitsandbytes looks for kernels on the hub
-    done = subprocess.run(command, capture_output=True, text=True, env=offline)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # Quantising as it loads.
@@ -329,9 +315,8 @@ def test_checkpoints_of_bitsandbytes_go_to_us_and_back(
     dense: Path, tmp_path: Path, bitsandbytes_checkpoints: None
 ) -> None:
     theirs, mine = tmp_path / "theirs", tmp_path / "mine"
-    jobs = [["quantize", dense, theirs / name, options] for name, options in OPTIONS.items()]
-    bitsandbytes_program(*jobs)
     for name, options in OPTIONS.items():
+        ask("quantize", dense, theirs / name, options)
         model = load(theirs / name)
         assert len(layers_4bit(model)) == 14
         again = ours.from_pretrained(theirs / name, dtype=torch.bfloat16)
@@ -339,9 +324,8 @@ def test_checkpoints_of_bitsandbytes_go_to_us_and_back(
         model.save_pretrained(mine / name)
         if "bnb_4bit_quant_storage" not in options:  # we store bytes as bytes
             assert_same_files(mine / name, theirs / name)
-    folders = [parent / name for name in OPTIONS for parent in (theirs, mine)]
-    bitsandbytes_program(*(["logits", folder, folder / "logits.out"] for folder in folders))
-    for name in OPTIONS:
+        for folder in (theirs / name, mine / name):
+            ask("logits", folder, folder / "logits.out")
         first, second = (load_file(f / name / "logits.out")["logits"] for f in (theirs, mine))
         assert torch.equal(first, second)
 
@@ -349,18 +333,15 @@ def test_checkpoints_of_bitsandbytes_go_to_us_and_back(
 def test_a_skip_list_is_understood_by_bitsandbytes(dense: Path, tmp_path: Path) -> None:
     model = load(dense, QLoRAConfig(skip=["v_proj"], compute_dtype=torch.float32))
     model.save_pretrained(tmp_path)
-    bitsandbytes_program(["logits", tmp_path, tmp_path / "logits.out"])
+    ask("logits", tmp_path, tmp_path / "logits.out")
     theirs = load_file(tmp_path / "logits.out")["logits"].float().flatten()
     # Both round each layer's output to bfloat16, from sums in float32 in another order.
     near = torch.nn.functional.cosine_similarity(theirs, logits(model).float().flatten(), dim=0)
     assert near > 1 - 2.0**-8
 
 
-def test_importing_it_says_what_is_missing() -> None:
-    script = (
-        "import sys; sys.modules['transformers'] = None\nimport qlora_ref.integrations.transformers"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and "transformers" in done.stderr.splitlines()[-1]
+def test_importing_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "qlora_ref.integrations.transformers")
+    with pytest.raises(ImportError, match="transformers"):
+        importlib.import_module("qlora_ref.integrations.transformers")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qlora_ref import Linear4bit
+from qlora_ref.cli import main
+from qlora_ref.dispatch import force_backend
 from qlora_ref.lora import lora_layers
 from qlora_ref.models import load_model
 from qlora_ref.settings import Settings
@@ -47,11 +55,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@functools.cache
+def few_pairs() -> str:
+    """A file with the first tenth of the pairs: reading all takes longer than three steps."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    file = Path(folder) / "pairs.jsonl"
+    file.write_text("".join(PAIRS.open().readlines()[:100]))
+    return str(file)
+
+
 def tiny_settings(**options: Any) -> Settings:
     """A run of about a second: three steps on pairs, dropout on, everything in float32."""
     defaults: dict[str, Any] = {
         "model": str(TINY),
-        "data": str(PAIRS),
+        "data": few_pairs(),
         "compute_dtype": "float32",
         "steps": 3,
         "batch_size": 2,
@@ -159,9 +177,24 @@ def start_cli(*arguments: str, kill_in: str = "", kill_at: int = 1) -> subproces
 
 
 def run_cli(*arguments: str) -> tuple[int, str, str]:
-    process = start_cli(*arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """The same in this process, to its end."""
+    with force_backend("reference"):
+        done = qlora(*arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def qlora(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in this process, which has torch and transformers loaded already."""
+    command = ["qlora-ref", *map(str, arguments)]
+    out, err, code, threads = io.StringIO(), io.StringIO(), None, torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small, and the machine may be busy
+    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+    torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(command, int(code or 0), out.getvalue(), err.getvalue())
 
 
 def kill_when(process: subprocess.Popen[str], moment: Callable[[], bool]) -> bool:
