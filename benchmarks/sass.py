@@ -56,19 +56,37 @@ def find_cuobjdump() -> str:
     return str(Path(package.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def read_kernels(binary: Path, architecture: str) -> list[Kernel]:
-    """Every kernel that an object file or cubin has for an architecture, as "80" or "90a"."""
+def read_kernels(binary: Path, architecture: str, pattern: str = "") -> list[Kernel]:
+    """The kernels of an object file or cubin for an architecture, as "80" or "90a".
+
+    pattern: only those in whose symbols this regular expression is found.
+    """
     selected = ["-arch", f"sm_{architecture}", str(binary)]
-    resources = _run(find_cuobjdump(), "-res-usage", *selected)
-    used = dict(re.findall(r"Function (\S+):\n(.*)", resources))
-    kernels = []
-    for symbol, text in parse_functions(_run(find_cuobjdump(), "-sass", *selected)).items():
-        found = REGISTERS.search(used[symbol])
+    used = _parse_resources(_run(find_cuobjdump(), "-res-usage", *selected))
+    wanted = [symbol for symbol in used if re.search(pattern, symbol)]
+    listing = _run(find_cuobjdump(), "-sass", "-fun", ",".join(wanted), *selected)
+    return [
+        Kernel(symbol, *used[symbol], parse(text))
+        for symbol, text in parse_functions(listing).items()
+    ]
+
+
+def read_resources(binary: Path) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """For each architecture and kernel in an object file: registers, bytes spilled and shared."""
+    listing = _run(find_cuobjdump(), "-res-usage", str(binary))
+    _, *parts = re.split(r"\narch = sm_(\w+)\n", listing)
+    return {name: _parse_resources(text) for name, text in zip(parts[::2], parts[1::2])}
+
+
+def _parse_resources(listing: str) -> dict[str, tuple[int, int, int]]:
+    used = {}
+    for symbol, line in re.findall(r"Function (\S+):\n(.*)", listing):
+        found = REGISTERS.search(line)
         if found is None:
             raise ValueError(f"cuobjdump says nothing of the registers of {symbol}")
         registers, stack, shared, local = map(int, found.groups())
-        kernels.append(Kernel(symbol, registers, stack + local, shared, parse(text)))
-    return kernels
+        used[symbol] = registers, stack + local, shared
+    return used
 
 
 def _run(*command: str) -> str:
@@ -113,13 +131,22 @@ def count(instructions: list[Instruction], pattern: str) -> int:
     return sum(re.match(pattern, instruction.operation) is not None for instruction in instructions)
 
 
+def bytes_loaded(instruction: Instruction) -> int:
+    """What a lane reads from global memory, into registers or shared memory."""
+    if instruction.name not in ("LDG", "LDGSTS"):
+        return 0
+    width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", instruction.operation)
+    return int(width[1].strip("US")) // 8 if width else 4
+
+
 def hot_path(
     instructions: list[Instruction], loop: tuple[int, int], unit: str
 ) -> list[Instruction]:
-    """One pass of a loop, from its head to a branch back.
+    """One pass of a loop in its steady state, from its head to a branch back.
 
-    Of all ways through, the one that does most units of work, then most wide accesses, in the
-    fewest instructions: that leaves rare cases and loops within out. Predicated ones are counted.
+    Of all ways through, the one that does most units of work, then loads most from global memory,
+    then is shortest: all passes but the last few fetch what a later one needs, and what makes a way
+    longer than that is a rare case or a loop within. Predicated instructions are counted.
     """
     head, end = loop
     index = {instruction.address: i for i, instruction in enumerate(instructions)}
@@ -137,8 +164,7 @@ def hot_path(
             continue
         following[i] = max(ways, key=lambda way: (0, 0, 0) if way is None else best[way])
         rest = (0, 0, 0) if following[i] is None else best[following[i]]
-        wide = re.search(r"\.128", here.operation) is not None
-        best[i] = (rest[0] + count([here], unit), rest[1] + wide, rest[2] - 1)
+        best[i] = (rest[0] + count([here], unit), rest[1] + bytes_loaded(here), rest[2] - 1)
     path, at = [], head if head in best else None
     while at is not None:
         path.append(instructions[at])
@@ -147,7 +173,9 @@ def hot_path(
 
 
 def main_path(kernel: Kernel, unit: str) -> list[Instruction]:
-    """The pass of the loop that spends least on a unit; without any, the whole kernel."""
+    """The pass of the loop that does most units of work; without any, the whole kernel."""
     paths = [hot_path(kernel.instructions, loop, unit) for loop in loops(kernel.instructions)]
     working = [path for path in paths if count(path, unit) > 0]
-    return min(working, key=lambda path: len(path) / count(path, unit), default=kernel.instructions)
+    return max(
+        working, key=lambda path: (count(path, unit), -len(path)), default=kernel.instructions
+    )

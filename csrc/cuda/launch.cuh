@@ -16,6 +16,20 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 // only of what a shuffle returns.
 __device__ inline int warp_of_block() { return __shfl_sync(kAllLanes, threadIdx.x / 32, 0); }
 
+// As threadIdx.x and blockIdx.x, but read anew: no register keeps what is worked out from them, be
+// it before, through a loop.
+__device__ inline int thread_read_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ inline uint32_t block_read_anew() {
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 inline int status_of(cudaError_t error) {
   return error == cudaSuccess ? kOk : kCudaError + static_cast<int>(error);
 }

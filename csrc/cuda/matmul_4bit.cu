@@ -31,7 +31,7 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
     return kBadSize;
   }
   if (!is_known(dtype)) return kUnknownDtype;
-  const Scales scales{absmax, nested_absmax, nested_codebook, offset};
+  const Scales scales(absmax, nested_absmax, nested_codebook, offset);
   const Weight weight{packed, scales, codebook, block_size, rows, columns};
   Matmul matmul{x,         dtype,
                 tokens,    weight,

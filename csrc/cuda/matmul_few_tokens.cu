@@ -33,23 +33,20 @@ struct Shape {
 
   static constexpr int kStep = 32 * kWords;  // inputs: a word has 8 weights
   static constexpr int kGroupStep = kGroup * kStep;
-  static constexpr int kRuns = 2 * kHeights;  // rows of a thread
+  static constexpr int kRuns = 2 * kHeights;          // rows of a thread
+  static constexpr int kScales = kRuns * kGroup / 4;  // of a group, for each of four threads
   static constexpr int kTokens = 8 * kTiles;
   static constexpr int kParts = kWarps * 16 * kHeights / kRows;  // of the inputs, among the warps
+  static constexpr int kStride = kParts * kGroupStep;            // from group to group of a warp
 
   using Words = uint32_t[kRuns][kWords];
   using Totals = float[kHeights][kTiles][4];
 };
 
-// Where a thread works. Lane 4 g + t of a warp decodes rows g, g + 8, ... of the warp's, and of
+// The place of a thread in its warp. Lane 4 g + t decodes rows g, g + 8, ... of the warp's, and of
 // each step its run t; it reads x for tokens g, g + 8, ...
-template <typename Shape>
 struct Lane {
-  int g, t;
-  int64_t rows[Shape::kRuns];  // their first elements; for rows beyond the weight those of its last
-  // x in vectors of eight: run t of the first step, and where the tokens begin from there.
-  const uint4* x;
-  uint32_t tokens[Shape::kTiles];
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 };
 
 __device__ inline void load_run(const uint8_t* address, uint32_t (&words)[1]) {
@@ -62,158 +59,210 @@ __device__ inline void load_run(const uint8_t* address, uint32_t (&words)[2]) {
   words[1] = both.y;
 }
 
-template <typename Shape>
-__device__ void load_step(const Weight& weight, const Lane<Shape>& lane, int64_t input,
-                          typename Shape::Words& words) {
-#pragma unroll
-  for (int run = 0; run < Shape::kRuns; ++run) {
-    const int64_t start = (lane.rows[run] + input) / 2 + 4 * Shape::kWords * lane.t;
-    load_run(weight.packed + start, words[run]);
-  }
-}
-
-// The scales of a thread's rows at an input.
-template <typename Shape>
-__device__ void load_scales(const Weight& weight, const Lane<Shape>& lane, int64_t input,
-                            int block_shift, StoredScale (&scales)[Shape::kRuns]) {
-#pragma unroll
-  for (int run = 0; run < Shape::kRuns; ++run) {
-    scales[run] = weight.scales.load((lane.rows[run] + input) >> block_shift);
-  }
-}
-
-// sums += the products of word `word` of a step, where x begins at `vector`.
-template <typename Shape, typename Narrow, typename Decoder>
-__device__ void add_word(const typename Shape::Words& words, int word, const Decoder& decoder,
-                         const Lane<Shape>& lane, int64_t vector, typename Shape::Totals& sums) {
-  uint32_t first[Shape::kHeights][4], second[Shape::kHeights][4];
-#pragma unroll
-  for (int height = 0; height < Shape::kHeights; ++height) {
-    uint32_t upper[4], lower[4];  // rows g and g + 8
-    decoder.decode(words[2 * height][word], upper);
-    decoder.decode(words[2 * height + 1][word], lower);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      first[height][2 * i] = upper[i];
-      first[height][2 * i + 1] = lower[i];
-      second[height][2 * i] = upper[2 + i];
-      second[height][2 * i + 1] = lower[2 + i];
-    }
-  }
-#pragma unroll
-  for (int tile = 0; tile < Shape::kTiles; ++tile) {
-    const uint4 x = (lane.x + lane.tokens[tile] + vector)[word];
-#pragma unroll
-    for (int height = 0; height < Shape::kHeights; ++height) {
-      multiply_16x8x16<Narrow>(sums[height][tile], first[height], {x.x, x.y});
-      multiply_16x8x16<Narrow>(sums[height][tile], second[height], {x.z, x.w});
-    }
-  }
-}
-
-// totals += the products of a step at an input, times the scales of its rows.
-template <typename Shape, typename Narrow, typename Decoder>
-__device__ void add_step(const typename Shape::Words& words, const float (&scales)[Shape::kRuns],
-                         const Decoder& decoder, const Lane<Shape>& lane, int64_t input,
-                         typename Shape::Totals& totals) {
-  typename Shape::Totals sums = {};
-#pragma unroll
-  for (int word = 0; word < Shape::kWords; ++word) {
-    add_word<Shape, Narrow>(words, word, decoder, lane, input / 8, sums);
-  }
-#pragma unroll
-  for (int height = 0; height < Shape::kHeights; ++height) {
-#pragma unroll
-    for (int i = 0; i < 4 * Shape::kTiles; ++i) {
-      float& total = totals[height][i / 4][i % 4];
-      total = __fmaf_rn(sums[height][i / 4][i % 4], scales[2 * height + i % 4 / 2], total);
-    }
-  }
-}
-
-// Adds up a warp's share of the inputs: groups of steps from `input` on. What comes next is loaded
-// as soon as there is room for it in the registers.
+// Adds up a warp's share of the inputs: groups of steps from `input` on. All that the main loop
+// keeps of where things lie are pointers that move along.
 template <typename Shape, typename Narrow, typename Decoder>
 class Summation {
  public:
-  __device__ Summation(const Weight& weight, const Lane<Shape>& lane, int block_shift,
-                       int64_t input, int64_t last)
-      : weight_(weight), lane_(lane), block_shift_(block_shift), input_(input), last_(last) {
-    if (input_ + Shape::kGroupStep > last_) return;
-    load_scales(weight_, lane_, scaled(input_), block_shift_, scales_);
+  // first_row: of the warp's.
+  __device__ Summation(const Matmul& matmul, int block_shift, int64_t first_row, int64_t input,
+                       int64_t last)
+      : all_scales_(matmul.weight.scales),
+        offset_(all_scales_.load_offset()),
+        block_shift_(block_shift - 5),
+        left_(static_cast<int>(last - input)) {
+    const Weight& weight = matmul.weight;
+    // The rest lies a stride behind the last group; where there is none, as if there were one.
+    const int64_t loaded = has_group() ? input : input - Shape::kStride;
+    // Rows beyond the last one are taken for it; so are tokens. What comes of them is not stored.
+    const auto start_of = [&](int run) {
+      return min(first_row + lane_.g + 8 * run, weight.rows - 1) * weight.columns + loaded;
+    };
 #pragma unroll
-    for (int step = 0; step < Shape::kGroup; ++step) {
-      load_step(weight_, lane_, input_ + step * Shape::kStep, words_[step]);
+    for (int run = 0; run < Shape::kRuns; ++run) {
+      bytes_[run] = weight.packed + start_of(run) / 2 + 4 * Shape::kWords * lane_.t;
     }
+#pragma unroll
+    for (int i = 0; i < Shape::kScales; ++i) {
+      const int scale = 4 * i + lane_.t;
+      vectors_[i] = (start_of(scale / Shape::kGroup) + own_step() * Shape::kStep) / 32;
+    }
+#pragma unroll
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      const int64_t token = min(int64_t{8 * tile + lane_.g}, matmul.tokens - 1);
+      x_[tile] = static_cast<const uint4*>(matmul.x) + (token * weight.columns + input) / 8 +
+                 Shape::kWords * lane_.t;
+    }
+    if (!has_group()) return;
+    load_scales(Shape::kGroup);
+#pragma unroll
+    for (int step = 0; step < Shape::kGroup; ++step) load_step(step, words_[step]);
   }
 
   // unstretch: what scales are multiplied by.
   __device__ void add(const Decoder& decoder, float unstretch, typename Shape::Totals& totals) {
     unstretch_ = unstretch;
-    for (; input_ + Shape::kGroupStep <= last_; input_ += kStride) {
-      add_group(decoder, input_ + kStride + Shape::kGroupStep <= last_, totals);
-    }
-    const int64_t end = min(input_ + Shape::kGroupStep, last_);
-    for (; input_ < end; input_ += Shape::kStep) {
-      load_scales(weight_, lane_, input_, block_shift_, scales_);
-      load_step(weight_, lane_, input_, words_[0]);
-      float scales[Shape::kRuns];
+    while (has_group()) {
+      float scales[Shape::kScales];
       restore_scales(scales);
-      add_step<Shape, Narrow>(words_[0], scales, decoder, lane_, input_, totals);
+      left_ -= Shape::kStride;
+      // What the next group needs is loaded as soon as there is room; the last one loads its own
+      // again, which is cheaper than a question with each load.
+      move(has_group() ? Shape::kStride : 0);
+      load_scales(Shape::kGroup);
+#pragma unroll
+      for (int step = 0; step < Shape::kGroup; ++step) {
+        add_step(words_[step], scales, step, decoder, totals);
+        load_step(step, words_[step]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < Shape::kTiles; ++tile) x_[tile] += Shape::kStride / 8;
     }
+    add_rest(decoder, totals);
   }
 
  private:
-  static constexpr int64_t kStride = Shape::kParts * Shape::kGroupStep;
+  __device__ bool has_group() const { return left_ >= Shape::kGroupStep; }
 
-  // Of the four threads that share a row, thread t has the scale of step t of a group.
-  __device__ int64_t scaled(int64_t input) const {
-    return input + lane_.t % Shape::kGroup * Shape::kStep;
+  // Of the kRuns * kGroup scales of a group, that four threads share, thread t has number t and
+  // each fourth one from there; steps go fastest.
+  __device__ int own_step() const { return lane_.t % Shape::kGroup; }
+
+  __device__ void move(uint32_t inputs) {
+#pragma unroll
+    for (int run = 0; run < Shape::kRuns; ++run) bytes_[run] += inputs / 2;
+#pragma unroll
+    for (int i = 0; i < Shape::kScales; ++i) vectors_[i] += inputs / 32;
   }
 
-  __device__ void restore_scales(float (&scales)[Shape::kRuns]) const {
+  __device__ void load_step(int step, typename Shape::Words& words) const {
 #pragma unroll
     for (int run = 0; run < Shape::kRuns; ++run) {
-      scales[run] = weight_.scales.restore(scales_[run]) * unstretch_;
+      load_run(bytes_[run] + step * Shape::kStep / 2, words[run]);
     }
   }
 
-  __device__ void add_group(const Decoder& decoder, bool has_next, typename Shape::Totals& totals) {
-    float own[Shape::kRuns];
-    restore_scales(own);
-    const int64_t next = input_ + kStride;
-    if (has_next) load_scales(weight_, lane_, scaled(next), block_shift_, scales_);
+  __device__ void load_scales(int steps) {
+    if (own_step() >= steps) return;
 #pragma unroll
-    for (int step = 0; step < Shape::kGroup; ++step) {
-      typename Shape::Words words;
-      memcpy(words, words_[step], sizeof(words));
-      if (has_next) load_step(weight_, lane_, next + step * Shape::kStep, words_[step]);
-      float scales[Shape::kRuns];
+    for (int i = 0; i < Shape::kScales; ++i) {
+      scales_[i] = all_scales_.load(vectors_[i] >> block_shift_);
+    }
+  }
+
+  __device__ void restore_scales(float (&scales)[Shape::kScales]) const {
 #pragma unroll
-      for (int run = 0; run < Shape::kRuns; ++run) {
-        scales[run] = __shfl_sync(kAllLanes, own[run], step, 4);
+    for (int i = 0; i < Shape::kScales; ++i) {
+      scales[i] = all_scales_.restore(scales_[i], offset_) * unstretch_;
+    }
+  }
+
+  // totals += the products of a step of a group, times the scales of its rows.
+  __device__ void add_step(const typename Shape::Words& words, const float (&own)[Shape::kScales],
+                           int step, const Decoder& decoder, typename Shape::Totals& totals) {
+    typename Shape::Totals sums = {};
+#pragma unroll
+    for (int word = 0; word < Shape::kWords; ++word) {
+      add_word(words, word, 4 * Shape::kWords * step + word, decoder, sums);
+    }
+    float scales[Shape::kRuns];
+#pragma unroll
+    for (int run = 0; run < Shape::kRuns; ++run) {
+      constexpr int kGroup = Shape::kGroup;
+      scales[run] = __shfl_sync(kAllLanes, own[run * kGroup / 4], run * kGroup % 4 + step, 4);
+    }
+#pragma unroll
+    for (int height = 0; height < Shape::kHeights; ++height) {
+#pragma unroll
+      for (int i = 0; i < 4 * Shape::kTiles; ++i) {
+        float& total = totals[height][i / 4][i % 4];
+        total = __fmaf_rn(sums[height][i / 4][i % 4], scales[2 * height + i % 4 / 2], total);
       }
-      add_step<Shape, Narrow>(words, scales, decoder, lane_, input_ + step * Shape::kStep, totals);
     }
   }
 
-  const Weight& weight_;
-  const Lane<Shape>& lane_;
-  const int block_shift_;
-  int64_t input_;
-  const int64_t last_;
+  // sums += the products of word `word` of a step, which meets vector `vector` of x.
+  __device__ void add_word(const typename Shape::Words& words, int word, int vector,
+                           const Decoder& decoder, typename Shape::Totals& sums) {
+    uint32_t first[Shape::kHeights][4], second[Shape::kHeights][4];
+#pragma unroll
+    for (int height = 0; height < Shape::kHeights; ++height) {
+      uint32_t upper[4], lower[4];  // rows g and g + 8
+      decoder.decode(words[2 * height][word], upper);
+      decoder.decode(words[2 * height + 1][word], lower);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        first[height][2 * i] = upper[i];
+        first[height][2 * i + 1] = lower[i];
+        second[height][2 * i] = upper[2 + i];
+        second[height][2 * i + 1] = lower[2 + i];
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      const uint4 x = x_[tile][vector];
+#pragma unroll
+      for (int height = 0; height < Shape::kHeights; ++height) {
+        multiply_16x8x16<Narrow>(sums[height][tile], first[height], {x.x, x.y});
+        multiply_16x8x16<Narrow>(sums[height][tile], second[height], {x.z, x.w});
+      }
+    }
+  }
+
+  // The steps behind the last whole group, if they are this warp's.
+  __device__ void add_rest(const Decoder& decoder, typename Shape::Totals& totals) {
+    const int steps = left_ / Shape::kStep;
+    if (steps <= 0) return;
+    move(Shape::kStride);
+    load_scales(steps);
+    float scales[Shape::kScales];
+    restore_scales(scales);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      load_step(step, words_[0]);
+      add_step(words_[0], scales, step, decoder, totals);
+    }
+  }
+
+  const Scales all_scales_;
+  const float offset_;
+  const int block_shift_;  // of vectors of 32 weights
+  const Lane lane_;
+  int left_;                            // inputs, from the group on that is added next
+  const uint8_t* bytes_[Shape::kRuns];  // of the group that is loaded
+  uint32_t vectors_[Shape::kScales];
+  const uint4* x_[Shape::kTiles];  // of the group that is added
   typename Shape::Words words_[Shape::kGroup];
-  StoredScale scales_[Shape::kRuns];
+  StoredScale scales_[Shape::kScales] = {};
   float unstretch_;
+};
+
+// Where a warp works, of which no register need keep anything through the main loop.
+template <typename Shape>
+struct Place {
+  int64_t first_row;  // of the thread block's
+  int split;
+  int part, row;  // of the inputs of the split, of the rows of the thread block
+
+  __device__ explicit Place(int64_t rows) {
+    const uint32_t block = block_read_anew();
+    const uint32_t tiles = static_cast<uint32_t>((rows - 1) / kRows + 1);
+    first_row = int64_t{block % tiles} * kRows;
+    split = block / tiles;
+    const int warp = __shfl_sync(kAllLanes, thread_read_anew() / 32, 0);
+    part = warp % Shape::kParts;
+    row = warp / Shape::kParts * 16 * Shape::kHeights;
+  }
 };
 
 // Adds up the totals of the warps that share rows, and stores them.
 // partial: (kParts, kRows, kTokens) in shared memory, which nobody reads any more.
 template <typename Shape, typename Narrow>
-__device__ void store_totals(const Matmul& matmul, const Lane<Shape>& lane, int part, int own_row,
-                             int64_t first_row, int split, const typename Shape::Totals& totals,
+__device__ void store_totals(const Matmul& matmul, const typename Shape::Totals& totals,
                              float* partial) {
-  float* own = partial + (part * kRows + own_row) * Shape::kTokens;
+  const Place<Shape> place(matmul.weight.rows);
+  const Lane lane;
+  float* own = partial + (place.part * kRows + place.row) * Shape::kTokens;
 #pragma unroll
   for (int height = 0; height < Shape::kHeights; ++height) {
 #pragma unroll
@@ -225,14 +274,14 @@ __device__ void store_totals(const Matmul& matmul, const Lane<Shape>& lane, int 
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * Shape::kTokens; i += kThreads) {
-    const int64_t row = first_row + i % kRows, token = i / kRows;
+    const int64_t row = place.first_row + i % kRows, token = i / kRows;
     if (row >= matmul.weight.rows || token >= matmul.tokens) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int other = 0; other < Shape::kParts; ++other) {
       sum += partial[(other * kRows + i % kRows) * Shape::kTokens + token];
     }
-    store_sum<Narrow>(matmul, split, token, row, matmul.weight.rows, sum);
+    store_sum<Narrow>(matmul, place.split, token, row, matmul.weight.rows, sum);
   }
 }
 
@@ -245,31 +294,12 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeights == 1 ? 2 : 1)
   extern __shared__ uint4 shared[];
   char* table = reinterpret_cast<char*>(shared);
   const Weight& weight = matmul.weight;
-  const int64_t row_tiles = (weight.rows - 1) / kRows + 1;
-  const int64_t first_row = blockIdx.x % row_tiles * kRows;
-  const int split = blockIdx.x / row_tiles;
-  const int warp = warp_of_block();
-  const int warp_part = warp % Shape::kParts;
-  const int warp_row = warp / Shape::kParts * 16 * Shape::kHeights;
-  Lane<Shape> lane;
-  lane.g = threadIdx.x % 32 / 4;
-  lane.t = threadIdx.x % 4;
-  lane.x = static_cast<const uint4*>(matmul.x) + Shape::kWords * lane.t;
-#pragma unroll
-  for (int run = 0; run < Shape::kRuns; ++run) {
-    const int64_t row = first_row + warp_row + lane.g + 8 * run;
-    lane.rows[run] = min(row, weight.rows - 1) * weight.columns;
-  }
-#pragma unroll
-  for (int tile = 0; tile < Shape::kTiles; ++tile) {
-    const int64_t token = min(int64_t{8 * tile + lane.g}, matmul.tokens - 1);
-    lane.tokens[tile] = static_cast<uint32_t>(token * (weight.columns / 8));
-  }
-
-  const Part part(weight.columns, matmul.splits, split, Shape::kStep);
+  const Place<Shape> place(weight.rows);
+  const Part part(weight.columns, matmul.splits, place.split, Shape::kStep);
   // The first weights are on their way while the decoder is made.
-  Summation<Shape, Narrow, Decoder> summation(
-      weight, lane, block_shift, part.first + warp_part * Shape::kGroupStep, part.last);
+  Summation<Shape, Narrow, Decoder> summation(matmul, block_shift, place.first_row + place.row,
+                                              part.first + place.part * Shape::kGroupStep,
+                                              part.last);
   const float stretch = best_stretch<Narrow>(weight.codebook);
   Decoder::template fill<Narrow>(table, weight.codebook, stretch);
   __syncthreads();
@@ -277,8 +307,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kHeights == 1 ? 2 : 1)
   typename Shape::Totals totals = {};
   summation.add(decoder, 1.0f / stretch, totals);
   __syncthreads();
-  store_totals<Shape, Narrow>(matmul, lane, warp_part, warp_row, first_row, split, totals,
-                              reinterpret_cast<float*>(shared));
+  store_totals<Shape, Narrow>(matmul, totals, reinterpret_cast<float*>(shared));
 }
 
 template <typename Shape, typename Narrow, typename Decoder>

@@ -132,7 +132,7 @@ int launch(const Matmul& matmul) {
 }  // namespace
 
 int matmul_general(const Matmul& matmul) {
-  const bool nested = matmul.weight.scales.nested_absmax != nullptr;
+  const bool nested = matmul.weight.scales.codes != nullptr;
   if (matmul.transposed) return nested ? launch<true, true>(matmul) : launch<false, true>(matmul);
   return nested ? launch<true, false>(matmul) : launch<false, false>(matmul);
 }

@@ -14,9 +14,13 @@ namespace {
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTokens = 128;  // of a tile
 constexpr int kTiles = kTokens / 8;
-constexpr int kStages = 3;                 // steps of x in shared memory
-constexpr int kRowBytes = 2 * kStep + 16;  // of a token in a stage: 4 rows on, other banks
-constexpr int kStageBytes = kTokens * kRowBytes;
+constexpr int kStages = 3;                        // steps of x in shared memory
+constexpr int kRowBytes = 2 * kStep + 16;         // of a token in a stage: 4 rows on, other banks
+constexpr int kInputBytes = kTokens * kRowBytes;  // of a stage, before what the weight needs there
+
+// Of a stage, of a source of weights.
+template <typename Source>
+constexpr int kStageBytes = kInputBytes + Source::kStageBytes;
 
 // Copies x to shared memory, a step at a time. Tokens beyond the last one are taken for it: what
 // comes of them is not stored. Inputs beyond the last one are zeros.
@@ -60,17 +64,16 @@ class InputCopies {
 };
 
 // sums[height][tile] += the products of a step whose x lies in a stage. The weights of the next
-// step, if there is one before `last`, are loaded while the tensor cores are busy with the second
-// half.
+// step, or of the last one again, are loaded while the tensor cores are busy with the second half.
 template <typename Narrow, typename Source, typename Decoder>
-__device__ void add_step(Source& source, const Decoder& decoder, const char* stage, int next,
-                         int last, float (&sums)[2][kTiles][4]) {
+__device__ void add_step(Source& source, const Decoder& decoder, const char* stage,
+                         float (&sums)[2][kTiles][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Operands operands;
     source.decode(decoder, half, operands);
-    if (half == 1 && next < last) source.load(next);
+    if (half == 1) source.load();
     const char* own = stage + g * kRowBytes + 32 * t + 16 * half;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -84,22 +87,13 @@ __device__ void add_step(Source& source, const Decoder& decoder, const char* sta
   }
 }
 
-// As threadIdx.x, but read anew: no register keeps what is worked out from it through the main
-// loop.
-__device__ int thread_read_anew() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // Where a thread block works; read anew as well.
 struct Tile {
   int64_t first_output, first_token;
   int split;
 
   __device__ Tile(int64_t tokens, int64_t outputs) {
-    uint32_t block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const uint32_t block = block_read_anew();
     const uint32_t output_tiles = static_cast<uint32_t>((outputs - 1) / kOutputs + 1);
     const uint32_t token_tiles = static_cast<uint32_t>((tokens - 1) / kTokens + 1);
     first_output = int64_t{block % output_tiles} * kOutputs;
@@ -115,7 +109,7 @@ __device__ void store_sums(const Matmul& matmul, int64_t outputs, const float (&
                            float* partial) {
   constexpr int kChunk = 4;             // tiles of 8 tokens
   constexpr int kWidth = kOutputs + 4;  // of a token's sums: 2 tokens on, other banks
-  static_assert(8 * kChunk * kWidth * sizeof(float) <= kStages * kStageBytes, "it fits there");
+  static_assert(8 * kChunk * kWidth * sizeof(float) <= kStages * kInputBytes, "it fits there");
   const int thread = thread_read_anew();
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
@@ -156,33 +150,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = static_cast<int>(part.first), last = static_cast<int>(part.last);
   const int warp = warp_of_block();
 
+  constexpr int kBytes = kStageBytes<Source>;
   Source source(matmul.weight, block_shift, tile.first_output, warp, first, last,
-                stages + kStages * kStageBytes);
+                stages + kStages * kBytes);
   InputCopies<Narrow> copies(matmul, inputs, tile.first_token, first, last);
-  const auto start_copies = [&](int stage) {
-    copies.start(stages + stage * kStageBytes);
-    source.start_copy(stage);
+  const auto start_copies = [&](char* stage) {
+    copies.start(stage);
+    source.start_copy(stage + kInputBytes);
     end_copy_group();
   };
-  for (int stage = 0; stage < kStages - 1; ++stage) start_copies(stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) start_copies(stages + stage * kBytes);
   const float* codebook = matmul.weight.codebook;
   const float stretch = best_stretch<Narrow>(codebook);
   // It is read behind the barrier of the first step.
   Decoder::template fill<Narrow>(table, codebook, stretch);
   const Decoder decoder = Decoder::template create<Narrow>(table, codebook, stretch);
   const float unstretch = 1.0f / stretch;
-  source.load(first);  // no part is empty: matmul_many_tokens sees to it
+  source.load();  // no part is empty: matmul_many_tokens sees to it
 
   float sums[2][kTiles][4] = {};
-  int stage = 0;
+  int stage = 0, other = (kStages - 1) * kBytes;  // of this step, and of the one before
   for (int input = first; input < last; input += kStep) {
     wait_for_copy_groups<kStages - 2>();
     __syncthreads();
-    // The stage of the last step, which all threads are done with.
-    start_copies(stage == 0 ? kStages - 1 : stage - 1);
-    source.begin(stage, unstretch);
-    add_step<Narrow>(source, decoder, stages + stage * kStageBytes, input + kStep, last, sums);
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    start_copies(stages + other);  // all threads are done with it
+    source.begin(stages + stage + kInputBytes, unstretch);
+    add_step<Narrow>(source, decoder, stages + stage, sums);
+    other = stage;
+    stage = stage == (kStages - 1) * kBytes ? 0 : stage + kBytes;
   }
 
   store_sums<Narrow, Source>(matmul, outputs, sums, reinterpret_cast<float*>(stages));
@@ -190,8 +185,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename Narrow, typename Decoder, template <typename, typename> class WeightSource>
 int launch(const Matmul& matmul, int block_shift) {
-  constexpr int kBytes = Decoder::kSharedBytes + kStages * kStageBytes +
-                         WeightSource<Narrow, Decoder>::kSharedBytes(kStages);
+  using Source = WeightSource<Narrow, Decoder>;
+  constexpr int kBytes =
+      Decoder::kSharedBytes + kStages * kStageBytes<Source> + Source::kScaleBytes;
   const auto kernel = multiply_many<Narrow, Decoder, WeightSource>;
   const int64_t outputs = matmul.outputs();
   const int64_t blocks =

@@ -6,42 +6,58 @@
 
 namespace qlora {
 
-// What is loaded of a scale: the float or the code, and the scale of the code.
+// What is loaded of a scale: its code, if it has one, and the float, or the scale of the code.
 struct StoredScale {
-  uint32_t bits;
-  float nested_absmax;
+  uint32_t code;
+  float value;
 };
 
 struct Scales {
-  const void* absmax;            // (blocks) float, or uint8_t codes where nested_absmax is not null
-  const float* nested_absmax;    // (ceil(blocks / 256)) or null
-  const float* nested_codebook;  // (256) or null
-  const float* offset;           // (1) or null
+  const uint8_t* codes;   // (blocks) or null
+  const float* values;    // (blocks), or (ceil(blocks / 256)) where there are codes
+  int values_shift;       // a block's value is number block >> values_shift
+  const float* codebook;  // (256), if there are codes
+  const float* offset;    // (1), if there are codes
 
-  static constexpr int kNestedBlock = 256;
+  static constexpr int kNestedShift = 8;
+
+  // absmax: (blocks) float, or uint8_t where nested_absmax is not null.
+  Scales(const void* absmax, const float* nested_absmax, const float* nested_codebook,
+         const float* all_offset)
+      : codes(nested_absmax == nullptr ? nullptr : static_cast<const uint8_t*>(absmax)),
+        values(nested_absmax == nullptr ? static_cast<const float*>(absmax) : nested_absmax),
+        values_shift(nested_absmax == nullptr ? 0 : kNestedShift),
+        codebook(nested_codebook),
+        offset(all_offset) {}
 
   // Each step rounded by itself: the same bits as on the CPU.
   template <bool kNested>
   __device__ float at(int64_t block) const {
-    if (!kNested) return static_cast<const float*>(absmax)[block];
-    const uint8_t code = static_cast<const uint8_t*>(absmax)[block];
-    return restore(code, nested_absmax[block / kNestedBlock]);
+    if (!kNested) return values[block];
+    return restore(codes[block], values[block >> kNestedShift], *offset);
   }
 
-  // The same in two parts, so that nothing waits for the first one where many are loaded ahead.
-  __device__ StoredScale load(int64_t block) const {
-    if (nested_absmax == nullptr) return {static_cast<const uint32_t*>(absmax)[block], 0.0f};
-    return {static_cast<const uint8_t*>(absmax)[block], nested_absmax[block / kNestedBlock]};
+  // The same in two parts, so that nothing waits for the first one where many are loaded ahead; of
+  // as many blocks as 32 bits can count.
+  __device__ StoredScale load(uint32_t block) const {
+    StoredScale stored;
+    if (codes != nullptr) stored.code = codes[block];
+    stored.value = values[block >> values_shift];
+    return stored;
   }
 
-  __device__ float restore(StoredScale stored) const {
-    if (nested_absmax == nullptr) return __uint_as_float(stored.bits);
-    return restore(stored.bits, stored.nested_absmax);
+  __device__ float load_offset() const { return codes == nullptr ? 0.0f : *offset; }
+
+  __device__ float restore(StoredScale stored, float loaded_offset) const {
+    if (codes == nullptr) return stored.value;
+    // Else the compiler makes 64 bits of it where it is loaded, long before, and twice the work.
+    asm("" : "+r"(stored.code));
+    return restore(stored.code, stored.value, loaded_offset);
   }
 
  private:
-  __device__ float restore(uint32_t code, float scale) const {
-    return __fadd_rn(__fmul_rn(nested_codebook[code], scale), *offset);
+  __device__ float restore(uint32_t code, float value, float loaded_offset) const {
+    return __fadd_rn(__fmul_rn(codebook[code], value), loaded_offset);
   }
 };
 

@@ -35,52 +35,61 @@ __device__ inline uint32_t multiply_pairs(uint32_t a, uint32_t b, __half) {
 template <typename Narrow, typename Decoder>
 class RowSource {
  public:
-  static constexpr int kSharedBytes(int) { return 0; }
+  static constexpr int kStageBytes = 0;  // that it copies of each step to shared memory
+  static constexpr int kScaleBytes = 0;
 
   // The output, of the warp's 32, that register pair `pair` of lane 4 g + t is for.
   static __device__ int output(int height, int pair, int g) { return 16 * height + 8 * pair + g; }
 
-  __device__ RowSource(const Weight& weight, int block_shift, int64_t first_output, int warp, int,
-                       int last, char*)
-      : weight_(weight), block_shift_(block_shift - 5), last_(last), t_(threadIdx.x % 4) {
+  __device__ RowSource(const Weight& weight, int block_shift, int64_t first_output, int warp,
+                       int first, int last, char*)
+      : all_scales_(weight.scales),
+        offset_(all_scales_.load_offset()),
+        block_shift_(block_shift - 5),
+        left_(last - first - 16 * t()) {
+    // Where a row begins; outputs of rows beyond the last one are not stored.
     const auto start_of = [&](int run) {
       const int64_t row = first_output + 32 * warp + threadIdx.x % 32 / 4 + 8 * run;
-      // Outputs of rows beyond the last one are not stored.
-      return static_cast<uint32_t>(min(row, weight.rows - 1) * (weight.columns / 32));
+      return min(row, weight.rows - 1) * weight.columns + first;
     };
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) rows_[run] = start_of(run);
-    own_row_ = start_of(t_);  // not rows_[t_]: no array of registers can be indexed
-  }
-
-  __device__ void start_copy(int) {}
-
-  // Loads a step into registers: after the last half of the one before was decoded. In a last step
-  // of 32 the other inputs meet zeros of x: any weights of the row will do.
-  __device__ void load(int input) {
-    const int start = input + 16 * t_ < last_ ? input + 16 * t_ : input;
-    const uint8_t* bytes = weight_.packed + start / 2;
+    const int own = left_ > 0 ? t() : 0;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      words_[run] = *reinterpret_cast<const uint2*>(bytes + int64_t{rows_[run]} * 16);
+      bytes_[run] = weight.packed + start_of(run) / 2 + 8 * own;
     }
-    // Of the four threads with the same rows, thread t loads the scales of run t.
-    const uint32_t vector = own_row_ + input / 32;
-    const uint32_t next = input + 32 < last_ ? vector + 1 : vector;
-    next_scales_[0] = weight_.scales.load(vector >> block_shift_);
-    next_scales_[1] = weight_.scales.load(next >> block_shift_);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) vectors_[i] = start_of(t() % 2 * 2 + i) / 32 + own / 2;
+  }
+
+  __device__ void start_copy(char*) {}
+
+  // Loads a step into registers: after the last half of the one before was decoded. Where a thread
+  // has no inputs left, in a last step of 32, they meet zeros of x: any weights of the row will do.
+  __device__ void load() {
+    left_ -= kStep;
+    const uint32_t moved = left_ > 0 ? kStep : 0;
+    // Of the two threads with inputs of the same 32 of the same rows, each loads two scales.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      next_scales_[i] = all_scales_.load(vectors_[i] >> block_shift_);
+      vectors_[i] += moved / 32;
+    }
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      words_[run] = *reinterpret_cast<const uint2*>(bytes_[run]);
+      bytes_[run] += moved / 2;
+    }
   }
 
   // Turns to the step that was loaded. unstretch: what scales are multiplied by.
-  __device__ void begin(int, float unstretch) {
-    const float scales[2] = {weight_.scales.restore(next_scales_[0]) * unstretch,
-                             weight_.scales.restore(next_scales_[1]) * unstretch};
+  __device__ void begin(const char*, float unstretch) {
+    const float scales[2] = {all_scales_.restore(next_scales_[0], offset_) * unstretch,
+                             all_scales_.restore(next_scales_[1], offset_) * unstretch};
     const uint32_t own = Word<Narrow>::round(scales);
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      // Of inputs 0 to 31, which threads 0 and 1 have, and of 32 to 63; in both halves.
-      const uint32_t both = __shfl_sync(kAllLanes, own, run, 4);
-      scales_[run] = __byte_perm(both, 0, t_ < 2 ? 0x1010 : 0x3232);
+      const uint32_t both = __shfl_sync(kAllLanes, own, run / 2, 2);
+      scales_[run] = __byte_perm(both, 0, run % 2 == 0 ? 0x1010 : 0x3232);
     }
   }
 
@@ -100,13 +109,15 @@ class RowSource {
  private:
   static constexpr int kRuns = 4;
 
-  const Weight& weight_;
-  const int block_shift_;  // of vectors of 32 weights
-  const int last_;
-  const int t_;
-  uint32_t rows_[kRuns];  // where they begin, in vectors of 32 weights
+  static __device__ int t() { return threadIdx.x % 4; }
+
+  const Scales all_scales_;
+  const float offset_;
+  const int block_shift_;        // of vectors of 32 weights
+  int left_;                     // inputs, from this thread's of the step on that is loaded next
+  const uint8_t* bytes_[kRuns];  // of that step
+  uint32_t vectors_[2];
   uint2 words_[kRuns];
-  uint32_t own_row_;
   StoredScale next_scales_[2];
   uint32_t scales_[kRuns];
 };
@@ -121,80 +132,75 @@ class ColumnSource {
   static constexpr int kStageBytes = kStep * kRowBytes;
   static constexpr int kScaleBytes = kWarps * kStep * sizeof(Narrow);
 
-  static constexpr int kSharedBytes(int stages) { return stages * kStageBytes + kScaleBytes; }
-
   static __device__ int output(int height, int pair, int g) { return 4 * g + 2 * pair + height; }
 
   __device__ ColumnSource(const Weight& weight, int block_shift, int64_t first_output, int warp,
                           int first, int last, char* shared)
-      : weight_(weight),
-        block_shift_(block_shift),
-        own_output_(first_output + 32 * warp),
-        warp_(warp),
+      : all_scales_(weight.scales),
+        offset_(all_scales_.load_offset()),
+        block_shift_(block_shift - 5),
+        row_vectors_(static_cast<uint32_t>(weight.columns / 32)),
+        apart_(kApart / 2 * weight.columns),
+        row_end_(first + 2 * lane() + 1),
         last_(last),
-        stages_(shared + kScaleBytes),
         scales_(reinterpret_cast<Narrow*>(shared) + warp * kStep) {
     const int64_t output = first_output + 32 * chunk();
     next_ = weight.packed + ((first + row()) * weight.columns + output) / 2;
     left_ = output < weight.columns ? last - first - row() : 0;
+    // Outputs beyond the last one are not stored.
+    vector_ = min(static_cast<uint32_t>(first_output / 32 + warp), row_vectors_ - 1) - row_vectors_;
+    place_ = place(row(), chunk());
+    // As matrices of pairs of bytes: lane 8 m + 2 t + j names row j of those that thread t has of
+    // matrix m.
+    matrix_ =
+        place(16 * (lane() % 8 / 2) + 4 * (lane() / 16) + 2 * (lane() % 2) + lane() / 8 % 2, warp);
   }
 
   // Starts to copy the next step into shared memory. What is not there is zeros.
-  __device__ void start_copy(int stage) {
-    char* to = stages_ + stage * kStageBytes;
+  __device__ void start_copy(char* stage) {
 #pragma unroll
-    for (int i = 0; i < kStep / kApart; ++i) {
-      start_copy_16(to + place(row() + i * kApart, chunk()),
-                    next_ + i * (kApart / 2) * weight_.columns, left_ > i * kApart);
+    for (int i = 0; i < kCopies; ++i) {
+      // place(row() + i * kApart, chunk()): half round again, where one bit differs.
+      static_assert(kCopies == 2 && kApart / 16 * 2 == kChunks / 2, "it is half round");
+      const int to = (place_ ^ i * (kRowBytes / 2)) + i * kApart * kRowBytes;
+      start_copy_16(stage + to, next_, left_ > i * kApart);
+      next_ += apart_;
     }
-    next_ += kStep / 2 * weight_.columns;
     left_ -= kStep;
   }
 
-  // Loads the scales of a step into registers: each lane those of two rows. Rows and outputs that
-  // are not there have none: whatever the bytes, their weights are 0.
-  __device__ void load(int input) {
+  // Loads the scales of the next step into registers: each lane those of two rows. Rows that are
+  // not there meet zeros of x: any scale will do.
+  __device__ void load() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = input + threadIdx.x % 32 + 32 * i;
-      has_scale_[i] = row < last_ && own_output_ < weight_.columns;
-      if (has_scale_[i]) {
-        const int64_t element = int64_t{row} * weight_.columns + own_output_;
-        next_scales_[i] = weight_.scales.load(element >> block_shift_);
-      }
+      const uint32_t vector = min(row_end_ + i, last_) * row_vectors_ + vector_;
+      next_scales_[i] = all_scales_.load(vector >> block_shift_);
     }
+    row_end_ += kStep;
   }
 
   // Turns to the step in a stage, whose scales were loaded last; they are put into shared memory.
-  __device__ void begin(int stage, float unstretch) {
-    bytes_ = stages_ + stage * kStageBytes;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale =
-          has_scale_[i] ? weight_.scales.restore(next_scales_[i]) * unstretch : 0.0f;
-      round_to(scale, scales_ + threadIdx.x % 32 + 32 * i);
-    }
+  __device__ void begin(const char* stage, float unstretch) {
+    stage_ = stage;
+    const float scales[2] = {all_scales_.restore(next_scales_[0], offset_) * unstretch,
+                             all_scales_.restore(next_scales_[1], offset_) * unstretch};
+    reinterpret_cast<uint32_t*>(scales_)[lane()] = Word<Narrow>::round(scales);
     __syncwarp();
   }
 
   __device__ void decode(const Decoder& decoder, int half, Operands& operands) const {
-    const int first = 16 * (threadIdx.x % 4) + 8 * half;  // of eight rows
-    const uint4 loaded = *reinterpret_cast<const uint4*>(scales_ + first);
+    const uint4 loaded = *reinterpret_cast<const uint4*>(scales_ + 16 * (lane() % 4) + 8 * half);
     const uint32_t scales[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     // Two bytes, four outputs, of inputs 0 and 2 of product i in rows[2 i], of 1 and 3 in the next.
-    // As matrices of pairs of bytes: lane 8 m + 2 t + j names row j of those that thread t has of
-    // matrix m.
-    const int lane = threadIdx.x % 32;
-    const int row =
-        16 * (lane % 8 / 2) + 8 * half + 4 * (lane / 16) + 2 * (lane % 2) + lane / 8 % 2;
     uint32_t rows[4];
-    load_matrices_transposed(rows, bytes_ + place(row, warp_));
+    load_matrices_transposed(rows, stage_ + matrix_ + 8 * half * kRowBytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t one = rows[2 * i], other = rows[2 * i + 1];
       // Codes of two inputs side by side in a byte: of even outputs, and of odd ones.
-      const uint32_t codes[2] = {(one & 0xf0f0f0f0) | (other >> 4 & 0x0f0f0f0f),
-                                 (one << 4 & 0xf0f0f0f0) | (other & 0x0f0f0f0f)};
+      const uint32_t codes[2] = {choose(0xf0f0f0f0, one, other >> 4),
+                                 choose(0xf0f0f0f0, one << 4, other)};
 #pragma unroll
       for (int height = 0; height < 2; ++height) {
         uint32_t pairs[4];
@@ -210,28 +216,34 @@ class ColumnSource {
  private:
   static constexpr int kChunks = kRowBytes / 16;        // of 32 outputs
   static constexpr int kApart = 32 * kWarps / kChunks;  // between the rows of a thread
+  static constexpr int kCopies = kStep / kApart;
 
+  static __device__ int lane() { return threadIdx.x % 32; }
   static __device__ int row() { return threadIdx.x / kChunks; }
   static __device__ int chunk() { return threadIdx.x % kChunks; }
 
   // Where 16 bytes of a row lie in a stage. The eight rows of a matrix are 0, 2, 16, 18, 32 ...
-  // from its first one on: each begins 16 bytes further round, in other banks.
+  // from its first one on: each begins 16 bytes further round, in other banks. Rows of the other
+  // half, 8 further, lie as many rows further.
   static __device__ int place(int row, int chunk) {
     return row * kRowBytes + (chunk + row / 16 * 2 + row / 2 % 2) % kChunks * 16;
   }
 
-  const Weight& weight_;
-  const int block_shift_;
-  const int64_t own_output_;
-  const int warp_;
-  const int last_;
-  char* stages_;
-  const uint8_t* next_;  // what this thread copies next
-  int left_;             // rows, from there on
-  Narrow* scales_;       // (kStep) of this warp
-  const char* bytes_;
+  const Scales all_scales_;
+  const float offset_;
+  const int block_shift_;       // of vectors of 32 weights
+  const uint32_t row_vectors_;  // in a row
+  const int64_t apart_;         // in bytes
+  int row_end_;                 // one more than the row whose scale is loaded next
+  const int last_;              // one more than the last row
+  Narrow* scales_;              // (kStep) of this warp
+  const uint8_t* next_;         // what this thread copies next
+  int left_;                    // rows, from there on
+  uint32_t vector_;             // the warp's in a row, before the first one
+  int place_;                   // in a stage, of what this thread copies first
+  int matrix_;                  // and of the row of the matrices that it names
+  const char* stage_;
   StoredScale next_scales_[2];
-  bool has_scale_[2];
 };
 
 }  // namespace qlora
