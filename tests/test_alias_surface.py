@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -55,7 +59,37 @@ ABSENT = {
         INSIDE,
     ),
 }
-MODULES = ["functional", "nn", "nn.modules", "nn.parametrize", "optim", "utils", "cextension"]
+RULES = "its base class; ours is optimizers.RuleOptimizer, whose rules are functions"
+for _path in ("adagrad", "lars", "lion", "rmsprop", "sgd"):
+    ABSENT[f"optim.{_path}"] = {"Optimizer1State": RULES}
+for _path in ("adam", "adamw", "ademamix", "lamb"):
+    ABSENT[f"optim.{_path}"] = {"Optimizer2State": RULES}
+ABSENT |= {
+    "optim.optimizer": {
+        **dict.fromkeys(("MockArgs", "Optimizer1State", "Optimizer2State"), RULES),
+        **dict.fromkeys(("sync_gpu", "logger"), HELPERS),
+    },
+    "autograd._functions": dict.fromkeys(("GlobalOutlierPooler", "logger"), HELPERS),
+    "nn.parametrize": {},
+    **{"autograd": {}, "nn": {}, "optim": {}},
+}
+MODULES = sorted(ABSENT)
+ABSENT_MODULES = {
+    "__main__": "qlora-ref doctor says what it says",
+    "_ops": "torch.ops.bitsandbytes has the operators, whoever imports this",
+    **dict.fromkeys(("consts", "cuda_specs"), INSIDE),
+    **dict.fromkeys((f"diagnostics{name}" for name in ("", ".cuda", ".main", ".utils")), INSIDE),
+    **dict.fromkeys(("backends", "backends.utils"), "its kernels; ours are behind ops.py"),
+    **{
+        f"backends.{device}{module}": "its kernels; ours are behind ops.py"
+        for device in ("cpu", "cuda", "default", "hpu", "mps", "triton", "xpu")
+        for module in ("", ".ops")
+    },
+    **{
+        f"backends.triton.{name}": "its kernels; ours are in qlora_kernels"
+        for name in ("kernels_4bit", "kernels_8bit_quant", "kernels_optim")
+    },
+}
 # They raise, whatever they are given.
 RAISE = {
     *("int8_double_quant", "int8_linear_matmul", "int8_mm_dequant", "int8_vectorwise_dequant"),
@@ -85,6 +119,41 @@ def test_every_name_of_the_package_is_there() -> None:
     names = {name for name in own_names(bnb) if not name.startswith("__")}
     names |= {"nn", "optim", "functional", "autograd", "utils", "modules", "adam", "cextension"}
     assert not [name for name in names if not hasattr(ours, name)]
+
+
+def test_every_module_is_there_or_has_its_reason() -> None:
+    folder = Path(bnb.__file__).parent
+    files = [file.relative_to(folder).with_suffix("") for file in folder.rglob("*.py")]
+    paths = {".".join(part for part in file.parts if part != "__init__") for file in files} - {""}
+    assert paths == {*MODULES, *ABSENT_MODULES}
+
+
+def test_a_program_imports_names_from_every_module() -> None:
+    names = {m: sorted(own_names(importlib.import_module(f"bitsandbytes.{m}"))) for m in MODULES}
+    lines = [
+        f"from bitsandbytes.{module} import {name}"
+        for module in MODULES
+        for name in names[module]
+        if name not in ABSENT[module]
+    ]
+    assert len(lines) > 150
+    lines += [f"import bitsandbytes.{module}" for module in MODULES]
+    absent = [
+        f"try:\n import bitsandbytes.{module}\n print('found {module}')\n"
+        "except ModuleNotFoundError: pass"
+        for module in ABSENT_MODULES
+    ]
+    check = "assert bitsandbytes.optim.adamw.AdamW is bitsandbytes.optim.AdamW"
+    start = "import qlora_ref; qlora_ref.as_bitsandbytes(); import bitsandbytes"
+    script = "\n".join([start, *lines, *absent, check])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -9,29 +9,30 @@ from qlora_ref.integrations.bitsandbytes import (
     autograd,
     cextension,
     functional,
+    module_paths,
     nn,
     operators,
     optim,
     utils,
 )
-from qlora_ref.integrations.bitsandbytes.autograd import matmul_4bit
-from qlora_ref.integrations.bitsandbytes.functional import no_int8
+from qlora_ref.integrations.bitsandbytes.autograd import MatmulLtState, matmul, matmul_4bit
 
 __version__ = "0.50.2"  # of the surface; the library's own is qlora_ref.__version__
 
 features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda", "meta"}
 
-modules, adam = nn.modules, optim  # their older names
+module_paths.define(__name__)
 
-matmul = no_int8("matmul")
-MatmulLtState = no_int8("MatmulLtState")
+modules, adam = nn.modules, optim.adam  # type: ignore[attr-defined]  # their older names
 
 __all__ = [
+    "MatmulLtState",
     "autograd",
     "cextension",
     "features",
     "functional",
+    "matmul",
     "matmul_4bit",
     "nn",
     "operators",

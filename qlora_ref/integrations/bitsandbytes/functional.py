@@ -280,6 +280,7 @@ def absent(name: str, why: str) -> Any:
         raise NotImplementedError(f"{name} {why}")
 
     missing.__name__ = name
+    missing.apply = missing  # type: ignore[attr-defined]  # how an autograd.Function is called
     return missing
 
 

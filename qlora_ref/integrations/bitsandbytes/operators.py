@@ -52,6 +52,30 @@ _SCHEMAS = {
         "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()"
     ),
 }
+# These have a second form, name.out, which writes into its last argument.
+_WITH_OUT = ("dequantize_4bit", "dequantize_blockwise", "gemv_4bit")
+# They are there, and raise NotImplementedError.
+_INT8_SCHEMAS = {
+    "int8_linear_matmul": "(Tensor A, Tensor B) -> Tensor",
+    "int8_linear_matmul.out": "(Tensor A, Tensor B, Tensor! out) -> ()",
+    "int8_vectorwise_quant": "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
+    "int8_vectorwise_dequant": "(Tensor A, Tensor stats) -> Tensor",
+    "int8_double_quant": (
+        "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)"
+    ),
+    "int8_mm_dequant": (
+        "(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, "
+        "Tensor? bias=None) -> Tensor"
+    ),
+    "int8_scaled_mm": (
+        "(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
+        "ScalarType? dtype=None) -> Tensor"
+    ),
+    "int8_mixed_scaled_mm": (
+        "(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, "
+        "Tensor? bias=None) -> (Tensor, Tensor?)"
+    ),
+}
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -61,10 +85,42 @@ def define(namespace: str) -> None:
         return
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, schema in _SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, _OPERATORS[name][0], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", _OPERATORS[name][1], lib=library)
+        _add(library, name, schema, *_OPERATORS[name])
+    for name in _WITH_OUT:
+        schema = _SCHEMAS[name].replace(") -> Tensor", ", Tensor! out) -> ()")
+        _add(library, f"{name}.out", schema, _into(_OPERATORS[name][0]), _fake_update)
+    for name, schema in _INT8_SCHEMAS.items():
+        refuse = F.no_int8(name)
+        _add(library, name, schema, refuse, refuse)
     _libraries[namespace] = library
+
+
+def _add(
+    library: torch.library.Library,
+    name: str,
+    schema: str,
+    operator: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    library.define(name + schema)
+    library.impl(name, operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+
+def _into(operator: Callable[..., Tensor]) -> Callable[..., None]:
+    """The operator, whose result goes into one more argument."""
+
+    def run(*arguments: Any) -> None:
+        *given, out = arguments
+        result = operator(*given)
+        if (out.shape, out.dtype) != (result.shape, result.dtype):
+            raise ValueError(
+                f"out must be {result.dtype} of shape {tuple(result.shape)}, got {out.dtype} of "
+                f"{tuple(out.shape)}"
+            )
+        out.copy_(result)
+
+    return run
 
 
 def _quantize_4bit(

@@ -90,6 +90,9 @@ for _name in _NAMES:
     globals().update(variants(*_name))
 
 
+Optimizer8bit = Overridable  # what all of them are instances of
+
+
 class PytorchLARS(torch.optim.Optimizer):
     """Not available."""
 
