@@ -89,6 +89,20 @@ def test_a_model_is_quantised_as_it_loads(
         assert layer.quantized_weight == expected
 
 
+def test_scales_can_be_searched_for_as_it_loads(dense: Path, tmp_path: Path) -> None:
+    config = QLoRAConfig("nf4", scale_search=True)
+    assert QLoRAConfig.from_dict(config.to_dict()).scale_search
+    model = load(dense, config)
+    name, layer = next(iter(layers_4bit(model).items()))
+    weight = stored(dense)[f"{name}.weight"]
+    plain, searched = (quantize(weight, "nf4", 64, True, scale_search=s) for s in (False, True))
+    assert layer.quantized_weight == searched
+    assert searched.error(weight).mse < plain.error(weight).mse
+    model.save_pretrained(tmp_path)
+    again = ours.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_it_computes_what_a_converted_model_does(dense: Path) -> None:
     converted = load(dense)
     convert_model(converted)
@@ -142,6 +156,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     "options, match",
     [
         ({"codebook": "nf5"}, "codebook must be one of .*'nf4'.*got 'nf5'"),
+        ({"codebook": torch.linspace(-1, 1, 16)}, "levels of your own are for convert_model"),
         ({"block_size": 63}, "block_size"),
         ({"compute_dtype": "int8"}, "compute_dtype must be a floating-point"),
         ({"compute_dtype": "no_dtype"}, "compute_dtype must be a floating-point"),

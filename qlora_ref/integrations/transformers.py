@@ -8,6 +8,7 @@ no more than one dense one is in memory. `save_pretrained` writes bitsandbytes' 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -45,7 +46,10 @@ class QLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # no types in
     double_quant   bool
     compute_dtype  torch.dtype, its name, or None: the dtype of each layer's input
     skip           names of modules to keep, besides those that `convert_model` always keeps
+    scale_search   bool: in place of absmax the scales of least error, as for `quantize`
 
+    What needs the whole model or more than a name, `calibration` and a codebook of your own, is for
+    `convert_model` on the dense model; `save_pretrained` and `from_pretrained` as here.
     Raises ValueError or TypeError for options out of range.
     """
 
@@ -58,15 +62,20 @@ class QLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # no types in
         double_quant: bool = True,
         compute_dtype: torch.dtype | str | None = None,
         skip: Sequence[str] = (),
+        scale_search: bool = False,
     ) -> None:
-        if codebook not in CODEBOOKS:
-            raise ValueError(f"codebook must be one of {sorted(CODEBOOKS)}, got {codebook!r}")
+        if not isinstance(codebook, str) or codebook not in CODEBOOKS:
+            raise ValueError(
+                f"codebook must be one of {sorted(CODEBOOKS)}, got {codebook!r}: levels of your "
+                "own are for convert_model"
+            )
         check_block_size(block_size)
         if isinstance(skip, str):
             raise TypeError(f"skip must be a list of names, got {skip!r}: write [{skip!r}]")
         self.quant_method = QUANT_METHOD
         self.codebook, self.block_size, self.double_quant = codebook, block_size, double_quant
         self.compute_dtype, self.skip = _dtype(compute_dtype), list(skip)
+        self.scale_search = scale_search
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig) -> QLoRAConfig:
@@ -96,7 +105,7 @@ class QLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc]  # no types in
                 "the base, add_lora, and resume from it; save_adapter and merge_lora write what "
                 "can be loaded by itself"
             )
-        ours = ("codebook", "block_size", "double_quant", "compute_dtype", "skip")
+        ours = inspect.signature(cls).parameters
         config = cls(**{name: config_dict[name] for name in ours if name in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -267,8 +276,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             weight = value[0] if isinstance(value, list) else value
             if is_conv1d(model.get_submodule(key.rpartition(".")[0])):
                 weight = weight.t()
-            options = settings.codebook, settings.block_size, settings.double_quant
-            make = functools.partial(quantize, weight, *options)
+            options = settings.codebook, settings.block_size, settings.double_quant, True
+            make = functools.partial(quantize, weight, *options, settings.scale_search)
             self.hf_quantizer.install(model, key, missing_keys, make)
         return {}  # the layer is in its place
 
