@@ -70,14 +70,17 @@ def available_backends(operation: str) -> list[str]:
     return names
 
 
-def marks_of(backend: str, module: Any) -> list[pytest.MarkDecorator]:
-    """What runs on a GPU, and what takes long on a simulated one: beside the first one, and in
-    modules that say so, nothing but the sizes differs."""
+def marks_of(backend: str, test: Any) -> list[pytest.MarkDecorator]:
+    """What runs on a GPU, and what takes long on a simulated one: beside the first one nothing but
+    the sizes differs; modules that say so; tests of many examples."""
     if device_of(backend) == "cuda":
         return [pytest.mark.gpu]
-    is_extra = backend.startswith("cuda-") and backend != f"cuda-{next(iter(GPUS))}"
-    is_long = backend.startswith("cuda-") and getattr(module, "LONG_ON_SIMULATED_GPUS", False)
-    return [pytest.mark.slow] if is_extra or is_long else []
+    if not backend.startswith("cuda-"):
+        return []
+    is_extra = backend != f"cuda-{next(iter(GPUS))}"
+    says_so = getattr(test.module, "LONG_ON_SIMULATED_GPUS", False)
+    has_examples = getattr(test.function, "is_hypothesis_test", False)
+    return [pytest.mark.slow] if is_extra or says_so or has_examples else []
 
 
 def simulated_gpus(operation: str) -> tuple[str, ...]:
@@ -136,7 +139,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = available_backends(metafunc.module.OPERATION)
-        parameters = [pytest.param(name, marks=marks_of(name, metafunc.module)) for name in names]
+        parameters = [pytest.param(name, marks=marks_of(name, metafunc)) for name in names]
         metafunc.parametrize("backend", parameters, indirect=True)
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", available_isas())

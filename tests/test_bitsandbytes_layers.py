@@ -32,6 +32,7 @@ bnb = pytest.importorskip(
 F = bnb.functional
 
 OPERATION = "matmul_4bit"
+LONG_ON_SIMULATED_GPUS = True
 
 KINDS = ("nf4", "fp4")
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)

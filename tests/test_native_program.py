@@ -57,6 +57,7 @@ def cross_build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return setup_definitions()
 
 
+@pytest.mark.slow
 def test_aarch64_gives_the_same_bits(cross_build: SimpleNamespace, tmp_path: Path) -> None:
     assert list(cross_build.isa_flags(cross_build.find_compiler())) == ["baseline"]
     library = native.library_path(tmp_path, "baseline")

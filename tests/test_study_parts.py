@@ -93,6 +93,7 @@ def test_eight_bits_cost_nothing_and_two_cost_much(small: SmallModel) -> None:
     small.put(lambda weight: weight)
 
 
+@pytest.mark.slow
 def test_error_feedback_halves_the_loss_rise() -> None:
     nearest, fed_back = (SmallModel(OPTIONS.model, OPTIONS.text, 64) for _ in range(2))
     base = nearest.losses()
