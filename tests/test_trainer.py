@@ -142,14 +142,14 @@ def test_every_name_of_bitsandbytes_trains(tmp_path: Path) -> None:
         assert not torch.equal(model.weight, before)
 
 
-def quantised_with_adapters(folder: Path) -> Any:
+def quantised_with_adapters(folder: Path, **options: Any) -> Any:
     from qlora_ref.integrations.transformers import QLoRAConfig
 
     torch.manual_seed(0)
     if not folder.exists():
         transformers.LlamaForCausalLM(CONFIG).save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=QLoRAConfig(), dtype=torch.float32
+        folder, quantization_config=QLoRAConfig(), dtype=torch.float32, **options
     )
     torch.manual_seed(0)
     add_lora(model, r=8)
@@ -173,6 +173,27 @@ def test_adapters_of_ours_train_on_a_model_that_transformers_quantised(tmp_path:
             assert torch.equal(parameter, expected[name])
     with pytest.raises(ValueError, match="load the base, add_lora, and resume"):
         from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+def test_accelerate_prepares_a_model_and_a_paged_optimizer(
+    tmp_path: Path, device_map: str | None
+) -> None:
+    import accelerate
+
+    model = quantised_with_adapters(tmp_path / "dense", device_map=device_map)
+    params = [p for p in model.parameters() if p.requires_grad]
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared = accelerator.prepare(model, AdamW(params, lr=1e-2, state_bits=8, paged=True))
+    losses = []
+    for _ in range(6):
+        with accelerator.accumulate(prepared[0]):
+            loss = prepared[0](input_ids=TOKENS[None], labels=TOKENS[None]).loss
+            accelerator.backward(loss)
+            prepared[1].step()
+            prepared[1].zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1] > losses[2] == losses[3] > losses[4]  # a step every other time
 
 
 def test_the_switch_can_be_undone(tmp_path: Path) -> None:
