@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qlora_ref import codebooks
 from qlora_ref.integrations.bitsandbytes import optim as ours
-from qlora_ref.optimizers import RULES, RuleOptimizer
+from qlora_ref.optimizer_rules import RULES
+from qlora_ref.optimizers import RuleOptimizer
 from qlora_ref.paging.files import PageFile
 
 STEPS = 6

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_ref import ops
 from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE
-from qlora_ref.optimizers import RULES
+from qlora_ref.optimizer_rules import RULES
 
 _ONE_STATE = ("momentum", "rmsprop", "adagrad", "lion", "lars")
 
