@@ -22,7 +22,7 @@ LAYERS = [
     {"optimal_float"},
     {"version", "codebooks", "packing", "files", "settings", "matmul_plan", "torch_adamw"},
     {"model_sizes"},
-    {"reference", "checks", "native_operations"},
+    {"reference", "checks", "native_operations", "optimizer_rules"},
     {"native"},
     {"dispatch"},
     {"torch_library"},
@@ -53,6 +53,7 @@ OUTSIDE = {
     "checks": {"torch"},
     "paging": {"torch"},
     "paged": {"torch"},
+    "optimizer_rules": {"torch"},
     "ops": {"torch"},
 }
 
