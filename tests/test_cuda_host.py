@@ -16,7 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import normal, random_weight
+from sim.machine import Chunk
 from simulated import GPUS, SimulatedOperations, open_simulated
+from torch import Tensor
 
 from qlora_ref import codebooks
 from qlora_ref.native_operations import CudaOperations, describe_gpu
@@ -90,6 +92,42 @@ def test_every_kernel_is_launched_on_the_stream_of_the_call(name: str, cuda_libr
     device.streams.clear()
     CALLS[name](OnStream(library, device, GPUS["A100"]))
     assert device.streams == {STREAM}
+
+
+def steps_run(run: SimulatedOperations, first: Tensor, second: Tensor) -> int:
+    """How many instructions AdamW with 8-bit moments takes in codebooks, for 16 values a thread."""
+    moments = tuple([torch.zeros(512, dtype=torch.uint8)] for _ in range(2))
+    scales = [torch.zeros(2)], [torch.zeros(2)]
+    options = (1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
+    with counted_steps() as count:
+        run.adamw_step([normal(512)], [normal(512, 1)], *moments, *scales, first, second, *options)
+    return count[0]
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[int]]:
+    count, execute = [0], Chunk._execute
+
+    def counting(*given: object) -> object:
+        count[0] += 1
+        return execute(*given)
+
+    Chunk._execute = counting
+    try:
+        yield count
+    finally:
+        Chunk._execute = execute
+
+
+def test_codes_of_the_usual_maps_are_looked_up(cuda_library: Path) -> None:
+    # Where levels crowd no table serves: the search among 256 takes eight comparisons for each of a
+    # thread's 16 values, and more than a look-up takes.
+    run = SimulatedOperations(*open_simulated(cuda_library), GPUS["A100"])
+    signed, unsigned = DYNAMIC, codebooks.dynamic_codebook(signed=False)
+    crowd = torch.cat([torch.linspace(0, 1e-3, 255), torch.ones(1)])
+    usual = steps_run(run, signed, unsigned)
+    assert steps_run(run, signed, crowd) > usual + 16 * 8
+    assert steps_run(run, crowd, unsigned) > usual + 16 * 8
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ struct Codebooks {
 };
 
 // Levels, and how to find the nearest one. Lies in shared memory.
+template <bool kHasSign>
 struct Coder {
   Decisions<256> decisions;
-  NearestTable<256> table;
+  NearestTable<256, kHasSign> table;
 
   // Whether the table serves. Called by all threads of a thread block.
   __device__ bool fill(const float* codebook) {
@@ -34,14 +35,16 @@ struct Coder {
   }
 };
 
+// First moments have signs, second moments none.
 struct Coders {
-  Coder first, second;
+  Coder<true> first;
+  Coder<false> second;
 };
 
 // The new codes of a thread's part of a block with this absmax: by the table where it serves, else
 // by the plain rule.
-template <int kNumber>
-__device__ void code_values(const Coder& coder, bool has_table, float absmax,
+template <int kNumber, bool kHasSign>
+__device__ void code_values(const Coder<kHasSign>& coder, bool has_table, float absmax,
                             const float (&values)[kNumber], uint32_t (&codes)[kNumber / 4]) {
   // Not where absmax is 0, infinite or NaN, or so small or large that its reciprocal is not right.
   if (!has_table || !(absmax > 0x1p-100f && absmax < 0x1p100f)) {
