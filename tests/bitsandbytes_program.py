@@ -3,6 +3,8 @@
     ("quantize", DENSE, SAVED, {"bnb_4bit_quant_type": "nf4"})
     ("logits", SAVED, OUTPUT)      for tokens 0 to 15, in training mode: in evaluation mode the
                                    library rearranges weights
+    ("adapt", DENSE, ADAPTER, SAVED, OUTPUT)    the same in float32 with PEFT's adapter on NF4,
+                                                which is saved anew
 
 All tests share one process, which takes longer to start than to answer.
 """
@@ -73,9 +75,23 @@ def logits(saved: str, output: str) -> None:
     save_file({"logits": found.detach().contiguous()}, output)
 
 
+def adapt(dense: str, adapter: str, saved: str, output: str) -> None:
+    import peft
+
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, quantization_config=config
+    )
+    model = peft.PeftModel.from_pretrained(base, adapter).train()
+    found = model(torch.arange(16)[None]).logits
+    save_file({"logits": found.detach().contiguous()}, output)
+    model.save_pretrained(saved)
+
+
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, *job = json.loads(line)
-        {"quantize": quantize, "logits": logits}[name](*job)
+        {"quantize": quantize, "logits": logits, "adapt": adapt}[name](*job)
         print("done", file=answers, flush=True)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes_program import ask
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_ref import Linear4bit, convert_model
@@ -37,9 +39,9 @@ def dense_model(**options: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **options))
 
 
-def base_model(**options: Any) -> Any:
+def base_model(double_quant: bool = True, **options: Any) -> Any:
     model = dense_model(**options).eval()
-    convert_model(model)
+    convert_model(model, double_quant=double_quant)
     return model
 
 
@@ -200,6 +202,18 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(again.eval()), logits(model))
     dense = peft.PeftModel.from_pretrained(restored(base_model()), tmp_path).eval()
     torch.testing.assert_close(logits(again), logits(dense), rtol=0, atol=FLOAT32_ORDER)
+
+
+def test_an_adapter_goes_to_a_base_of_bitsandbytes_and_back(tmp_path: Path) -> None:
+    dense, mine, theirs, output = (tmp_path / name for name in ("dense", "mine", "theirs", "out"))
+    dense_model().save_pretrained(dense)
+    model = with_adapter(base_model(double_quant=False))
+    model.save_pretrained(mine)
+    ask("adapt", dense, mine, theirs, output)
+    found = load_file(output)["logits"]
+    torch.testing.assert_close(found, logits(model), rtol=0, atol=FLOAT32_ORDER)
+    again = peft.PeftModel.from_pretrained(base_model(double_quant=False), theirs).eval()
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_conv1d_in_4_bits_takes_an_adapter() -> None:
