@@ -28,7 +28,8 @@ from qlora_ref.settings import OPTIMIZERS, Settings
 
 # Memory of graphics cards on sale since 2018, in GiB; what is called 141 GB has 140 GiB.
 GPU_SIZES = (8, 11, 12, 16, 24, 32, 40, 48, 64, 80, 96, 140)
-FULL_BYTES = 12  # a parameter that is trained in 16 bits: 2 for it, 2 for its gradient, 8 for Adam
+# A parameter that is trained in 16 bits.
+FULL = {"16-bit weights": 2, "gradients": 2, "optimizer state": 8}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,17 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "total": self.total, "full_16_bit": FULL_BYTES * self.parameters}
+        full = sum(FULL.values()) * self.parameters
+        return {**asdict(self), "total": self.total, "full_16_bit": full}
+
+    def bars(self) -> dict[str, dict[str, int]]:
+        """Bytes by parts, for plots.plot_memory: all weights trained in 16 bits, without
+        activations; the same adapters on weights in 16 bits; this fine-tune."""
+        parts = {part.name: part.nbytes for part in self.parts}
+        full = {name: each * self.parameters for name, each in FULL.items()}
+        trained = {part.name: part.nbytes for part in self.parts[3:]}
+        weights = {"16-bit weights": full["16-bit weights"]}
+        return {"all, 16 bits": full, "LoRA, 16 bits": {**weights, **trained}, "QLoRA": parts}
 
 
 def predict_memory(

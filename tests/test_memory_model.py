@@ -19,9 +19,11 @@ from training import qlora
 import qlora_ref
 from qlora_ref.finetune import enable_checkpointing
 from qlora_ref.lora import count_parameters
-from qlora_ref.memory import memory_report, step_bytes
+from qlora_ref.memory import StepBytes, memory_report, step_bytes
 from qlora_ref.memory_model import (
-    FULL_BYTES,
+    FULL,
+    Part,
+    Prediction,
     build_without_storage,
     figure_6_bars,
     predict_memory,
@@ -133,7 +135,7 @@ def test_llama_65b_is_7_58_times_smaller_and_saves_3_02_gb() -> None:
 
 
 def test_780_gb_are_12_bytes_for_each_of_65_billion_parameters() -> None:
-    assert FULL_BYTES * 65e9 == 780e9
+    assert sum(FULL.values()) * 65e9 == 780e9
 
 
 # MiB, of figure 6 of the paper.
@@ -298,9 +300,10 @@ def test_it_fits_where_there_is_room_for_it_and_the_reserve() -> None:
     assert found.fits((16 << 30) - found.total + 1)[0] == 24
 
 
-def test_the_command_prints_a_table_markdown_and_json() -> None:
+def test_the_command_prints_a_table_markdown_and_json(tmp_path: Path) -> None:
     what = ("memory", "--model", TINY, "--r", "8", "--length", "64")
-    found = as_json(*what)
+    found = as_json(*what, "--plot", tmp_path / "bars")
+    assert "16-bit weights" in (tmp_path / "bars.svg").read_text()
     assert found["total"] == sum(part["nbytes"] for part in found["parts"])
     assert found["full_16_bit"] == 12 * found["parameters"] and found["fits_gib"][0] == 8
     done = qlora(*what, "--markdown")
@@ -311,6 +314,19 @@ def test_the_command_prints_a_table_markdown_and_json() -> None:
     ]
     done = qlora(*what, "--optimizer", "paged_adamw_8bit")
     assert done.returncode == 0 and "4-bit codes" in done.stdout and "GiB" in done.stdout
+
+
+def test_bars_show_the_same_adapters_on_16_bit_weights_and_all_weights_trained() -> None:
+    parts = [
+        Part(name, i, "") for i, name in enumerate(("codes", "scales", "other", "adapters"), 1)
+    ]
+    step = StepBytes(0, 0, 0)
+    found = Prediction("", parts, step, parameters=100, quantised=90, trainable=5, elsewhere=0)
+    assert found.bars() == {
+        "QLoRA": {"codes": 1, "scales": 2, "other": 3, "adapters": 4},
+        "LoRA, 16 bits": {"16-bit weights": 200, "adapters": 4},
+        "all, 16 bits": {"16-bit weights": 200, "gradients": 200, "optimizer state": 800},
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.table import Table
@@ -39,6 +40,12 @@ def memory(
     reserve: Annotated[float, typer.Option(help="GiB of a GPU for what is not counted")] = 1.0,
     markdown: Annotated[bool, typer.Option("--markdown", help="print markdown")] = False,
     as_json: AsJson = False,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="bars beside LoRA and full training in 16 bits, as PLOT.svg and PLOT.png"
+        ),
+    ] = None,
 ) -> None:
     """What fine-tuning a model will need, worked out from its configuration alone."""
     given = dict(locals())
@@ -58,6 +65,10 @@ def memory(
 
     found = predict_memory(read_config(model), settings, getattr(torch, adapter_dtype))
     fits = found.fits(round(reserve * 2**30))
+    if plot is not None:
+        from qlora_ref.plots import plot_memory, save
+
+        save(plot_memory(found.bars()), plot)
     if as_json:
         return print_json({**found.as_dict(), "fits_gib": fits})
     console.print(_markdown(found) if markdown else _table(found), highlight=False)
