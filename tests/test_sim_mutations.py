@@ -185,8 +185,8 @@ BOUNDS: dict[str, list[tuple[str, str]]] = {
     ],
     "nearest.cuh": [
         ("if ([[threadIdx.x < kLevels]]) {", "true"),
-        ("slot = threadIdx.x; [[slot < Buckets<kLevels>::kNumber]];",
-         "slot < Buckets<kLevels>::kNumber + kThreads"),
+        ("slot = threadIdx.x; [[slot < Bucket::kNumber]];",
+         "slot < Bucket::kNumber + kThreads"),
         ("return [[__syncthreads_and(is_right)]];", "is_right"),
     ],
     "quantize.cuh": [
