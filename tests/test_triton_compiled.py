@@ -172,7 +172,7 @@ def test_matmul_4bit_restores_the_weight_bit_for_bit() -> None:
 @SLOW
 def test_matmul_4bit_adds_the_parts_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_kernels.matmul_tiles.multiprocessors", lambda device: 4)
-    weight, x = random_weight(64, 1088, 64), normal(2, 1088, seed=5, dtype=BFLOAT16)
+    weight, x = random_weight(64, 2112, 64), normal(2, 2112, seed=5, dtype=BFLOAT16)
     bias = normal(64, seed=6, dtype=BFLOAT16)
     layout = (weight.packed, weight.absmax, weight.codebook, 64, weight.shape)
     with on_simulated_gpu() as launches:
