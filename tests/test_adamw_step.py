@@ -217,8 +217,11 @@ def test_a_list_of_several_dtypes_is_updated_as_each_alone(
 ) -> None:
     sizes, before = (70_000, 0, 1, 256, 5_000, 255), torch.get_num_threads()
     # Over the sizes each type of parameter meets each type of gradient.
-    grad_dtypes = itertools.cycle([*DTYPES, *DTYPES[1:], DTYPES[0], DTYPES[2], *DTYPES[:2]])
-    kinds = [(*kind, next(grad_dtypes)) for kind in itertools.product(sizes, DTYPES)]
+    kinds = [
+        (n, DTYPES[j], DTYPES[(i + j) % len(DTYPES)])
+        for i, n in enumerate(sizes)
+        for j in range(len(DTYPES))
+    ]
     lists: list[list] = [[], [], [], [], [], []]  # as adamw_step takes them
     tables = [table.to(device) for table in BOTH] if bits == 8 else []
     for seed, (n, dtype, grad_dtype) in enumerate(kinds):

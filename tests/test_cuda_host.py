@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -99,24 +100,11 @@ def steps_run(run: SimulatedOperations, first: Tensor, second: Tensor) -> int:
     moments = tuple([torch.zeros(512, dtype=torch.uint8)] for _ in range(2))
     scales = [torch.zeros(2)], [torch.zeros(2)]
     options = (1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
-    with counted_steps() as count:
-        run.adamw_step([normal(512)], [normal(512, 1)], *moments, *scales, first, second, *options)
-    return count[0]
-
-
-@contextmanager
-def counted_steps() -> Iterator[list[int]]:
-    count, execute = [0], Chunk._execute
-
-    def counting(*given: object) -> object:
-        count[0] += 1
-        return execute(*given)
-
-    Chunk._execute = counting
-    try:
-        yield count
-    finally:
-        Chunk._execute = execute
+    with mock.patch.object(Chunk, "_execute", autospec=True, side_effect=Chunk._execute) as execute:
+        run.adamw_step(
+            [normal(512)], [normal(512, seed=1)], *moments, *scales, first, second, *options
+        )
+    return execute.call_count
 
 
 def test_codes_of_the_usual_maps_are_looked_up(cuda_library: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,16 +43,22 @@ MEASURED_FIELDS = ("tokens_per_second", "resident_bytes")
 FLOAT32_LOGITS = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more threads, and lose much on a busy machine.
-
-    It holds in every test module that imports it.
-    """
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from more threads, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Holds in every test module that imports it."""
+    with on_one_thread():
+        yield
 
 
 @functools.cache
@@ -186,14 +192,17 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
 def qlora(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command line in this process, which has torch and transformers loaded already."""
     command = ["qlora-ref", *map(str, arguments)]
-    out, err, code, threads = io.StringIO(), io.StringIO(), None, torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small, and the machine may be busy
-    with mock.patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with (
+        on_one_thread(),
+        mock.patch.object(sys, "argv", command),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             main()
         except SystemExit as leaving:
             code = leaving.code
-    torch.set_num_threads(threads)
     return subprocess.CompletedProcess(command, int(code or 0), out.getvalue(), err.getvalue())
 
 

@@ -276,8 +276,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             weight = value[0] if isinstance(value, list) else value
             if is_conv1d(model.get_submodule(key.rpartition(".")[0])):
                 weight = weight.t()
-            options = settings.codebook, settings.block_size, settings.double_quant, True
-            make = functools.partial(quantize, weight, *options, settings.scale_search)
+            options = settings.codebook, settings.block_size, settings.double_quant
+            search = settings.scale_search
+            make = functools.partial(quantize, weight, *options, scale_search=search)
             self.hf_quantizer.install(model, key, missing_keys, make)
         return {}  # the layer is in its place
 

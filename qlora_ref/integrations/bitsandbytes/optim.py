@@ -86,8 +86,12 @@ _NAMES: tuple[tuple[type[Overridable], bool, frozenset[str]], ...] = (
     *((cls, True, frozenset()) for cls in (Lion, AdEMAMix)),
     *((cls, False, frozenset()) for cls in (SGD, RMSprop, LARS, LAMB)),
 )
-for _name in _NAMES:
-    globals().update(variants(*_name))
+# The names of an optimizer's classes, by the module that bitsandbytes has them in.
+FAMILIES: dict[str, tuple[str, ...]] = {}
+for _cls, _paged, _kept in _NAMES:
+    _made = variants(_cls, _paged, _kept)
+    globals().update(_made)
+    FAMILIES[_cls.__name__.lower()] = (_cls.__name__, *_made)
 
 
 Optimizer8bit = Overridable  # what all of them are instances of
