@@ -1,13 +1,15 @@
 // The nearest of sixteen levels in integers of 16 and 8 bits, which have more lanes than floats:
 // for AVX2.
 //
-// A normalised value and the thresholds (blockwise.h) are rounded to multiples of 2^-14. Rounding
+// A normalised value and the thresholds (blockwise.h) are rounded to multiples of 2^-15. Rounding
 // keeps an order, so that a value that is above a threshold there is above it; one that falls on a
-// threshold may be on either side, and is left to float arithmetic (about one of 1,500 values). The
-// upper bytes alone decide unless they are equal, so that the search is among bytes.
+// threshold may be on either side, and is left to float arithmetic (about one of 3,000 values). The
+// upper bytes alone decide unless they are equal, so that the search is among bytes: the highest 4
+// bits name one of 16 cells, which hold at most two thresholds each.
 
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "blockwise.h"
@@ -19,27 +21,33 @@ namespace qlora {
 class FixedPoint {
  public:
   static constexpr int kStep = 32;        // values at a time
-  static constexpr float kOne = 0x1p14f;  // what 1 becomes
+  static constexpr float kOne = 0x1p15f;  // what 1 becomes, but for saturation
 
   explicit FixedPoint(const Decisions<16>& decisions) {
-    int8_t upper[16], lower[16];
-    for (int i = 0; i < 16; ++i) {
-      const float threshold = i < 15 ? decisions.thresholds[i] * kOne : 0x7fff;
-      const auto scaled =
-          static_cast<int>(std::nearbyint(std::clamp(threshold, -0x1p15f, 32767.f)));
+    Bytes below{}, first{}, second{}, upper{}, lower{};
+    first.fill(127);  // nothing is above
+    second.fill(127);
+    upper.fill(-128);  // with these as well
+    lower.fill(127);
+    for (int i = 0; i < 15; ++i) {
+      if (std::isinf(decisions.thresholds[i])) continue;
+      const float threshold = std::clamp(decisions.thresholds[i] * kOne, -0x1p15f, 32767.f);
+      const int scaled = static_cast<int>(std::nearbyint(threshold));
       upper[i] = static_cast<int8_t>(scaled >> 8);
       lower[i] = static_cast<int8_t>((scaled & 0xff) - 128);
-      // Of several thresholds with one upper byte, which no value reaches but for the first ones,
-      // only the first would be compared with.
-      fits_ = fits_ && (i == 0 || upper[i] != upper[i - 1] || upper[i] > kOne / 256);
+      const int cell = upper[i] >> 4;
+      for (int above = cell + 1; above < 8; ++above) ++below[above & 15];
+      int8_t& place = first[cell & 15] == 127 ? first[cell & 15] : second[cell & 15];
+      // Of two thresholds with one upper byte only the first would be compared with.
+      fits_ = fits_ && place == 127 && (i == 0 || upper[i] != upper[i - 1]);
+      place = upper[i];
     }
-    first_ = _mm256_set1_epi8(upper[7]);
-    second_ = table([&](int i) { return upper[i / 8 * 8 + 3]; });
-    third_ = table([&](int i) { return upper[i / 4 * 4 + 1]; });
-    fourth_ = table([&](int i) { return upper[i / 2 * 2]; });
-    upper_ = table([&](int i) { return upper[i]; });
-    lower_ = table([&](int i) { return lower[i]; });
-    codes_ = table([&](int i) { return decisions.codes[i]; });
+    below_ = table(below);
+    first_ = table(first);
+    second_ = table(second);
+    upper_ = table(upper);
+    lower_ = table(lower);
+    codes_ = repeat(_mm_loadu_si128(reinterpret_cast<const __m128i*>(decisions.codes)));
   }
 
   // Whether `quantize` may be used.
@@ -50,42 +58,40 @@ class FixedPoint {
   template <typename Value>
   bool quantize(const Value* x, Floats factor, uint8_t* packed) const {
     // In each half of a vector: the lower bytes of 8 words, then the upper ones.
-    const Ints split = repeat(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    const Ints first = _mm256_shuffle_epi8(round_to_words(x, factor), split);
-    const Ints last = _mm256_shuffle_epi8(round_to_words(x + kStep / 2, factor), split);
-    const Ints upper = _mm256_unpackhi_epi64(first, last);
+    const Ints head = _mm256_shuffle_epi8(round_to_words(x, factor), split_);
+    const Ints tail = _mm256_shuffle_epi8(round_to_words(x + kStep / 2, factor), split_);
+    const Ints upper = _mm256_unpackhi_epi64(head, tail);
     // Less 128, so that they are ordered as signed bytes.
-    const Ints lower = _mm256_xor_si256(_mm256_unpacklo_epi64(first, last), bytes(-128));
+    const Ints lower = _mm256_xor_si256(_mm256_unpacklo_epi64(head, tail), sign_bits_);
 
-    Ints below = count_below(upper);
+    const Ints cell = _mm256_and_si256(_mm256_srli_epi16(upper, 4), lowest_4_bits_);
+    Ints below = _mm256_shuffle_epi8(below_, cell);
+    below = add_where_above(below, upper, _mm256_shuffle_epi8(first_, cell));
+    below = add_where_above(below, upper, _mm256_shuffle_epi8(second_, cell));
+
     const Ints is_equal = _mm256_cmpeq_epi8(upper, _mm256_shuffle_epi8(upper_, below));
     const Ints rest = _mm256_shuffle_epi8(lower_, below);
     const Ints falls_on = _mm256_cmpeq_epi8(lower, rest);
-    if (!_mm256_testz_si256(is_equal, falls_on)) return false;
+    if (__builtin_expect(!_mm256_testz_si256(is_equal, falls_on), 0)) return false;
     const Ints is_above = _mm256_and_si256(is_equal, _mm256_cmpgt_epi8(lower, rest));
     below = _mm256_sub_epi8(below, is_above);  // minus -1
 
     const Ints codes = _mm256_shuffle_epi8(codes_, below);
-    // 16 times the even code and the odd one.
-    const Ints pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
+    const Ints pairs = _mm256_maddubs_epi16(codes, places_);
     const __m128i packed_pairs =
         _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    // Either half has two pairs of each vector of floats.
-    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(packed_pairs, order));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(packed_pairs, order_));
     return true;
   }
 
  private:
-  static Ints bytes(int8_t value) { return _mm256_set1_epi8(value); }
+  using Bytes = std::array<int8_t, 16>;
+
   static Ints repeat(__m128i half) { return _mm256_broadcastsi128_si256(half); }
 
   // Sixteen bytes to look up.
-  template <typename Function>
-  static Ints table(Function entry) {
-    uint8_t entries[16];
-    for (int i = 0; i < 16; ++i) entries[i] = static_cast<uint8_t>(entry(i));
-    return repeat(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  static Ints table(const Bytes& bytes) {
+    return repeat(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes.data())));
   }
 
   template <typename Value>
@@ -94,24 +100,22 @@ class FixedPoint {
                               _mm256_cvtps_epi32(load(x + kLanes) * factor));
   }
 
-  // The number of thresholds whose upper byte is below: a binary search.
-  Ints count_below(Ints upper) const {
-    Ints below = _mm256_and_si256(_mm256_cmpgt_epi8(upper, first_), bytes(8));
-    below = add_where_above(below, 4, upper, _mm256_shuffle_epi8(second_, below));
-    below = add_where_above(below, 2, upper, _mm256_shuffle_epi8(third_, below));
-    return _mm256_sub_epi8(
-        below, _mm256_cmpgt_epi8(upper, _mm256_shuffle_epi8(fourth_, below)));  // minus -1
-  }
-
-  static Ints add_where_above(Ints below, int8_t amount, Ints upper, Ints threshold) {
-    const Ints is_above = _mm256_cmpgt_epi8(upper, threshold);
-    return _mm256_add_epi8(below, _mm256_and_si256(is_above, bytes(amount)));
+  static Ints add_where_above(Ints below, Ints upper, Ints threshold) {
+    return _mm256_sub_epi8(below, _mm256_cmpgt_epi8(upper, threshold));  // minus -1
   }
 
   bool fits_ = true;
-  Ints first_, second_, third_, fourth_;  // the upper bytes of each step of the search
-  Ints upper_, lower_;                    // the bytes of all thresholds; lower ones less 128
+  // By cell: the number of thresholds in the cells before, and the upper bytes of its own.
+  Ints below_, first_, second_;
+  Ints upper_, lower_;  // the bytes of all thresholds; lower ones less 128
   Ints codes_;
+  // Constants are read from here: a compiler would make them anew for each block.
+  const Ints split_ = repeat(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  const Ints sign_bits_ = _mm256_set1_epi8(-128);
+  const Ints lowest_4_bits_ = _mm256_set1_epi8(15);
+  const Ints places_ = _mm256_set1_epi16(0x0110);  // 16 times the even code and the odd one
+  // Either half has two pairs of each vector of floats.
+  const __m128i order_ = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
 };
 
 #else

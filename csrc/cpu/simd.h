@@ -40,6 +40,19 @@ inline Vector in_register(Vector x) {
   return x;
 }
 
+#if defined(__AVX512BW__) || !defined(__AVX2__)
+
+// Lane i is the largest of x[i].
+inline Ints largest_of_each(const Ints* x) {
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = largest(x[i]);
+  Ints each;
+  std::memcpy(&each, lanes, sizeof each);
+  return each;
+}
+
+#endif
+
 template <typename Value>
 auto load_first(const Value* x, int count) {
   Value lanes[kLanes] = {};

@@ -56,6 +56,20 @@ inline int32_t largest(Ints x) {
   return _mm_cvtsi128_si32(half);
 }
 
+// Lane i is the largest of x[i].
+inline Ints largest_of_each(const Ints* x) {
+  const auto merge = [](Ints a, Ints b) {  // pairs of lanes
+    return larger(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  };
+  const auto merge_pairs = [](Ints a, Ints b) {
+    return larger(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  };
+  const Ints first = merge_pairs(merge(x[0], x[1]), merge(x[2], x[3]));
+  const Ints last = merge_pairs(merge(x[4], x[5]), merge(x[6], x[7]));
+  return larger(_mm256_permute2x128_si256(first, last, 0x20),
+                _mm256_permute2x128_si256(first, last, 0x31));
+}
+
 // Lane i is table[indices[i]].
 inline Floats look_up(const float* table, Ints indices) {
   return _mm256_i32gather_ps(table, indices, sizeof(float));
