@@ -24,7 +24,7 @@ enum Status : int { kOk = 0, kUnknownDtype = 1, kBadSize = 2, kNoMemory = 3, kCu
 enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // Raised whenever a signature below changes, so that Python refuses a library built before that.
-constexpr int kInterfaceVersion = 4;
+constexpr int kInterfaceVersion = 5;
 
 // The kernels behind matmul_4bit in the CUDA library. All but the first multiply bfloat16 or
 // float16 on tensor cores, with levels rounded to that type (for many tokens also scales, and their
@@ -57,6 +57,11 @@ const char* error_text(int status);
 // The last Isa that this processor and its operating system run. On Linux it asks for the right to
 // use AMX's tiles, which a process needs once.
 int best_isa();
+
+// Multiplies and adds numbers of a dtype in registers, on each of `threads` threads: what products
+// could reach if nothing had to be moved. *operations = how many it took, which rounds and threads
+// multiply.
+int multiply_in_registers(int dtype, int64_t rounds, int64_t* operations, int threads);
 #endif
 
 // code[i] = the code nearest to x[i] / absmax[i / block_size], packed with the even one high;

@@ -23,7 +23,7 @@ ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 CUDA_LIBRARY = "libqlora_cuda.so"  # beside them
 
-INTERFACE_VERSION = 4  # kInterfaceVersion in csrc/kernels.h
+INTERFACE_VERSION = 5  # kInterfaceVersion in csrc/kernels.h
 
 _QUANTIZE = (c_void_p, c_int, c_int64, c_void_p, c_int64, c_void_p, c_void_p)
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p)  # absmax, and those of nested scales
@@ -50,6 +50,7 @@ _OPERATIONS: dict[str, Sequence[type]] = {  # all but the last argument, Executi
 CPU_SIGNATURES: dict[str, Sequence[type]] = {
     "interface_version": (),
     "best_isa": (),
+    "multiply_in_registers": (c_int, c_int64, c_void_p, c_int),
     **{name: (*arguments, c_int) for name, arguments in _OPERATIONS.items()},
 }
 CUDA_SIGNATURES: dict[str, Sequence[type]] = {

@@ -190,6 +190,13 @@ class CpuOperations(Operations):
     def _execution(self, device: torch.device) -> int:
         return _threads()
 
+    def multiply_in_registers(self, dtype: torch.dtype, rounds: int) -> int:
+        """No operation, but a measure for them; returns how many multiplications and additions."""
+        operations = (c_int64 * 1)()
+        name, device = "multiply_in_registers", torch.device("cpu")
+        self._call(name, device, DTYPES[dtype], rounds, operations)
+        return operations[0]
+
 
 class CudaOperations(Operations):
     """The operations on CUDA tensors: on torch's current stream, without waiting."""

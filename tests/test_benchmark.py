@@ -15,7 +15,7 @@ import pytest
 import torch
 from training import qlora
 
-from qlora_ref import dispatch
+from qlora_ref import dispatch, native
 from qlora_ref.benchmark import limits, timing
 from qlora_ref.benchmark.blockwise import dequantize_4bit, quantize_4bit
 from qlora_ref.benchmark.candidates import Case, Prepared, relative_error, share_that_differs
@@ -179,6 +179,31 @@ def test_a_memory_limit_is_the_better_of_copy_and_read() -> None:
         run()
     times = {"copy": Timing(2e-6, 0, 0, 1), "read": Timing(1e-6, 0, 0, 1)}
     assert memory.bytes_per_second(times) == pytest.approx(1600 / 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_arithmetic_limit_is_the_best_of_its_kinds(dtype: torch.dtype) -> None:
+    arithmetic = limits.ArithmeticLimit(dtype, CPU)
+    multiply = native.load("cpu", "multiply_in_registers")
+    rounds = limits._ROUNDS
+    floats, halves = multiply(torch.float32, rounds), multiply(torch.bfloat16, rounds)
+    names = [f"registers {kind}" for kind in (torch.float32, torch.bfloat16)]
+    assert list(arithmetic.runs) == names
+    seconds = dict(zip(names, (Timing(2.0, 0, 0, 1), Timing(0.5, 0, 0, 1)), strict=True))
+    # A float is the sum of three bfloat16; of their nine products the three smallest are left out.
+    expected = max(floats / 2, 2 * halves if dtype == torch.bfloat16 else 2 * halves / 6)
+    assert arithmetic.flops_per_second(seconds) == pytest.approx(expected)
+
+
+def test_without_a_compiled_library_the_limit_is_a_product_of_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    arithmetic = limits.ArithmeticLimit(torch.float16, CPU)
+    assert set(arithmetic.runs) == {"product torch.float16", "product torch.float32"}
+    assert {run().shape for run in arithmetic.runs.values()} == {(1024, 1024)}
+    times = {name: Timing(0.5, 0, 0, 1) for name in arithmetic.runs}
+    assert arithmetic.flops_per_second(times) == 2 * 2 * 1024**3
 
 
 # How time is taken

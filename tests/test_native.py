@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,23 @@ def test_functions_return_error_codes(fresh_library: Path) -> None:
         nulls = (ctypes.c_void_p * 1)()
         lists = (counts, nulls, dtypes, nulls, dtypes, nulls, nulls, *[None] * 4)
         assert library.adamw_step(1, *lists, *options, step, 1) == status
+    number = ctypes.c_int64()
+    for dtype, rounds, threads, status in ((0, 1, 1, 0), (3, 1, 1, 1), (0, -1, 1, 2), (0, 1, 0, 2)):
+        counted = rounds, ctypes.byref(number), threads
+        assert library.multiply_in_registers(dtype, *counted) == status
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NUMBERS)
+def test_numbers_in_registers_are_multiplied_for_every_round(
+    cpu: CpuOperations, dtype: torch.dtype
+) -> None:
+    rounds = 1 << 14
+    began = time.perf_counter()
+    operations = cpu.multiply_in_registers(dtype, rounds)
+    seconds = time.perf_counter() - began
+    assert operations == rounds * cpu.multiply_in_registers(dtype, 1) > 0
+    # A compiler that saw through the loop would leave nothing of it: no core does as many.
+    assert operations / seconds / torch.get_num_threads() < 2e13
 
 
 def test_addresses_that_c_cannot_follow_are_refused(cpu: CpuOperations) -> None:

@@ -153,7 +153,7 @@ def test_every_operation_has_its_files(operation: str) -> None:
 
 
 BESIDE_OPERATIONS = (
-    *("interface_version", "best_isa"),
+    *("interface_version", "best_isa", "multiply_in_registers"),
     *("matmul_general", "matmul_few_tokens", "matmul_many_tokens", "split_sum"),  # of matmul_4bit
     *(
         "launch",

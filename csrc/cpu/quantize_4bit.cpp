@@ -176,7 +176,8 @@ class Quantizer {
     }
   }
 
-  void quantize_block(const Value* x, int64_t count, float absmax, uint8_t* packed) const {
+  __attribute__((always_inline)) void quantize_block(const Value* x, int64_t count, float absmax,
+                                                     uint8_t* packed) const {
     const float reciprocal = 1.0f / absmax;
     if (!(reciprocal > 0.0f) || std::isinf(reciprocal)) {
       return quantize_special_block(x, count, absmax, packed);

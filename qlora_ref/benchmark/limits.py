@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from qlora_ref.benchmark.timing import Run, Timing, time_in_turn
+from qlora_ref import dispatch, native
+from qlora_ref.benchmark.timing import Run, Timing
 
 COPY, READ = "copy", "read"
 
 _LEAST_ON_GPU = 1 << 30  # bytes; fewer would measure launches
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is timed
-_REPEATS = 7
+_ROUNDS = 1 << 20  # on a processor: some milliseconds
 
 
 class MemoryLimit:
@@ -36,25 +37,46 @@ class MemoryLimit:
         return self._nbytes / min(found[COPY].median, found[READ].median)
 
 
-@functools.cache
-def arithmetic_limit(dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    """Floating-point operations a second of torch's product of two square matrices.
+class ArithmeticLimit:
+    """Multiplications and additions as fast as they go, to be timed in turn with a product.
 
-    In the dtype or in float32, whichever is faster: a kernel may widen what it multiplies.
-    threads  as torch is set to; it is part of the question
+    On the CPU of numbers that stay in registers; on a GPU, and where the library was not compiled,
+    torch's product of two square matrices. In float32 and in bfloat16 (the dtype itself, for
+    torch): a kernel may widen what it multiplies, and may take a float32 for the sum of three
+    bfloat16, a product for six of theirs (csrc/README.md).
     """
-    kinds = {dtype, torch.float32}
-    return max(_matmul_rate(kind, device, threads) for kind in kinds)
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.runs: dict[str, Run] = {}
+        self._flops: dict[str, float] = {}
+        multiply = _multiply_in_registers() if device.type == "cpu" else None
+        if multiply is None:
+            for kind in {dtype, torch.float32}:
+                self._add(f"product {kind}", _product(kind, device), 2 * _SIDE[device.type] ** 3)
+            return
+        parts = {torch.float32: 1, torch.bfloat16: 1 if dtype == torch.bfloat16 else 6}
+        for kind, needed in parts.items():
+            run = functools.partial(multiply, kind, _ROUNDS)
+            self._add(f"registers {kind}", run, run() / needed)
+
+    def _add(self, name: str, run: Run, flops: float) -> None:
+        self.runs[name] = run
+        self._flops[name] = flops
+
+    def flops_per_second(self, found: dict[str, Timing]) -> float:
+        """The best of them."""
+        return max(flops / found[name].median for name, flops in self._flops.items())
 
 
-@functools.cache
-def _matmul_rate(dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    side = _SIDE[device.type]
+def _multiply_in_registers() -> Callable[[torch.dtype, int], int] | None:
+    try:
+        return native.load("cpu", "multiply_in_registers", dispatch.forced_isa())
+    except native.BackendUnavailable:
+        return None
+
+
+def _product(dtype: torch.dtype, device: torch.device) -> Run:
     # Random numbers: a GPU multiplies ones with less power, and so faster, than it does weights.
+    side = _SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-
-    def product() -> Tensor:
-        return a @ b
-
-    with torch.no_grad():
-        return 2 * side**3 / time_in_turn({"product": product}, _REPEATS, device)["product"].median
+    return lambda: a @ b

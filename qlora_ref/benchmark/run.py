@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qlora_ref.benchmark.candidates import Case, Prepared, WrongResult
-from qlora_ref.benchmark.limits import MemoryLimit, arithmetic_limit
+from qlora_ref.benchmark.limits import ArithmeticLimit, MemoryLimit
 from qlora_ref.benchmark.timing import Timing, time_in_turn
 
 PASSED, REFUSED, FAILED = "passed", "refused", "failed"
@@ -27,7 +27,8 @@ class Row:
     seconds           median of `runs` runs, low and high are their quartiles; None if not timed
     nbytes, flops     what it has to move and to compute
     memory_limit      bytes a second that a copy or a read of as many bytes reached in turn with it
-    arithmetic_limit  operations a second of torch's product in that dtype; None without flops
+    arithmetic_limit  operations a second that numbers in registers reached in turn with it (on a
+                      GPU: torch's product in that dtype); None without flops
     """
 
     operation: str
@@ -74,9 +75,9 @@ def measure_case(
     outcomes = {name: _try(prepare) for name, prepare in candidates.items()}
     memory = MemoryLimit(case.nbytes, device)
     runs = {name: o.prepared.run for name, o in outcomes.items() if o.prepared is not None}
-    timings = time_in_turn({**runs, **memory.runs}, repeats, device, budget=budget)
-    bytes_per_second = memory.bytes_per_second(timings)
-    flops_per_second = _arithmetic_limit(case, device)
+    arithmetic = ArithmeticLimit(getattr(torch, case.dtype), device) if case.flops else None
+    runs |= memory.runs | (arithmetic.runs if arithmetic else {})
+    timings = time_in_turn(runs, repeats, device, budget=budget)
     return [
         Row(
             operation=case.operation,
@@ -93,8 +94,8 @@ def measure_case(
             **_times(timings.get(name)),
             nbytes=outcome.nbytes or case.nbytes,
             flops=case.flops,
-            memory_limit=bytes_per_second,
-            arithmetic_limit=flops_per_second,
+            memory_limit=memory.bytes_per_second(timings),
+            arithmetic_limit=arithmetic.flops_per_second(timings) if arithmetic else None,
         )
         for name, outcome in outcomes.items()
     ]
@@ -160,9 +161,3 @@ def _times(timing: Timing | None) -> dict[str, Any]:
         "high": timing.high,
         "runs": timing.runs,
     }
-
-
-def _arithmetic_limit(case: Case, device: torch.device) -> float | None:
-    if case.flops == 0:
-        return None
-    return arithmetic_limit(getattr(torch, case.dtype), device, torch.get_num_threads())
