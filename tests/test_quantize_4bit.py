@@ -151,6 +151,8 @@ def test_one_reciprocal_a_block_decides_on_the_edge(name: str, device: str) -> N
 UNEVEN = {
     "crowded": (torch.arange(16) - 7) / 100,
     "wide": (torch.arange(16) - 7) / 3,
+    "three in an eighth": torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.53, 0.56, 0.59] + [1.0] * 9),
+    "two in a 128th": torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.502, 0.504] + [1.0] * 10),
 }
 
 
@@ -161,9 +163,10 @@ def test_every_neighbour_of_a_threshold_is_on_its_side(name: str, device: str) -
     ulps = np.arange(-64, 65, dtype=np.int32)
     near = (thresholds.view(np.int32)[:, None] + ulps).view(np.float32).flatten()
     near = near[np.abs(near) <= 1]
-    # The absmax of the only block is 1: its values are compared as they are.
-    x = torch.from_numpy(np.concatenate([near, np.ones(1, dtype=np.float32)]))
-    assert_is_defined(x, table, 4096, device)
+    # The absmax of each block is 1: its values are compared as they are.
+    blocks = np.ones((len(near) // 31 + 1, 32), dtype=np.float32)
+    blocks[:, :31].flat[: len(near)] = near
+    assert_is_defined(torch.from_numpy(blocks), table, 32, device)
 
 
 @functools.cache

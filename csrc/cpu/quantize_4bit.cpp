@@ -134,7 +134,7 @@ class Quantizer {
     if (whole < last) {
       const int64_t start = whole * block_size;
       absmax[whole] = block_absmax(x + start, n - start);
-      quantize_block(x + start, n - start, absmax[whole], packed + start / 2);
+      quantize_blocks(x + start, n - start, 1, absmax + whole, packed + start / 2);
     }
   }
 
@@ -148,7 +148,7 @@ class Quantizer {
 
   __attribute__((noinline)) void quantize_blocks(const Value* x, int64_t block_size, int64_t blocks,
                                                  const float* absmax, uint8_t* packed) const {
-    if (fixed_point_.fits() && block_size % FixedPoint::kStep == 0) {
+    if (fixed_point_.fits()) {
       return quantize_in_fixed_point(x, block_size, blocks, absmax, packed);
     }
     for (; blocks > 0; --blocks, x += block_size, packed += block_size / 2) {
@@ -161,6 +161,7 @@ class Quantizer {
                                const float* absmax, uint8_t* packed) const {
     constexpr int kStep = FixedPoint::kStep;
     const FixedPoint& fixed_point = fixed_point_;
+    const int64_t rest = block_size % kStep, stepped = block_size - rest;
     for (; blocks > 0; --blocks, x += block_size, packed += block_size / 2, ++absmax) {
       // A power of two more changes no rounding, unless it overflows.
       const float factor = 1.0f / *absmax * FixedPoint::kOne;
@@ -168,11 +169,12 @@ class Quantizer {
         quantize_seldom(x, block_size, *absmax, packed);
         continue;
       }
-      for (int64_t i = 0; i < block_size; i += kStep) {
+      for (int64_t i = 0; i < stepped; i += kStep) {
         prefetch_values(x + i, kStep);
         const bool is_done = fixed_point.quantize(x + i, broadcast(factor), packed + i / 2);
         if (!is_done) quantize_seldom(x + i, kStep, *absmax, packed + i / 2);
       }
+      if (rest > 0) quantize_seldom(x + stepped, rest, *absmax, packed + stepped / 2);
     }
   }
 
