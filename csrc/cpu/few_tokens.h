@@ -1,9 +1,9 @@
 // Products with few tokens, where reading the weight is most of the work: codes become levels in
 // registers, are multiplied there, and each block's sum is scaled once.
 //
-// A stretch of 8 kLanes codes is read at a time: 8 to a 32-bit lane, all of one block. Shifts bring
-// each code of a lane (or of half a lane) to its lowest bits in turn, the even one of two codes in
-// a byte after the odd one. The activations are put into the same order beforehand.
+// A stretch of 8 kLanes codes is read at a time, and looked up in kSteps steps. Which code a step
+// has in which lane is for look-ups to say; the activations are put into the same order beforehand.
+// All codes that a lane has in these steps lie in one block.
 
 #pragma once
 
@@ -17,18 +17,26 @@ namespace qlora {
 constexpr int kCodesPerLane = 8;
 constexpr int kStretch = kCodesPerLane * kLanes;
 
-// Tokens that are worked on at a time: a register each for two rows.
-constexpr int kFew = kLanes == 16 ? 8 : 4;
-
-// In float: one code of each lane at a time.
+// In float. A 32-bit lane has 8 codes, of which a shift brings one to the lowest bits: the even one
+// of two codes in a byte after the odd one.
 struct FloatSteps {
   using Element = float;
+  using Weights = Floats;
   static constexpr int kSteps = 8;
+  static constexpr int kTogether = 1;  // steps that are looked up at once
+  static constexpr int kLeastBlock = kCodesPerLane;
+  // Tokens and rows that are worked on at a time: a register for each pair of them.
+  static constexpr int kFew = kLanes == 16 ? 8 : 4;
+  static constexpr int kRows = 2;
 
   Table16 levels;
 
   explicit FloatSteps(const float* codebook) : levels(codebook) {}
-  Floats look_up(Ints codes, int step) const { return levels[shift_right(codes, 4 * step)]; }
+  // The code's place in the stretch.
+  static int place(int step, int lane) { return lane * kCodesPerLane + (step ^ 1); }
+  void look_up(Ints codes, int step, Floats* weights) const {
+    weights[0] = levels[shift_right(codes, 4 * step)];
+  }
   static Floats load_lanes(const float* x) { return load(x); }
   static Floats multiply_add(Floats weights, Floats x, Floats sum) {
     return fused_multiply_add(weights, x, sum);
@@ -43,15 +51,20 @@ struct FloatSteps {
 // In bfloat16: one code of each half lane at a time; the halves are multiplied and added together.
 struct PairSteps {
   using Element = uint16_t;
+  using Weights = __m512bh;
   static constexpr int kSteps = 4;
+  static constexpr int kTogether = 1;
+  static constexpr int kLeastBlock = kCodesPerLane;
+  static constexpr int kFew = 8, kRows = 2;
 
   Ints levels;
 
   explicit PairSteps(const float* codebook)
       : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
-  __m512bh look_up(Ints codes, int step) const {
+  static int place(int step, int half_lane) { return half_lane * 4 + (step ^ 1); }
+  void look_up(Ints codes, int step, __m512bh* weights) const {
     const Ints words = _mm512_srli_epi16(codes, 4 * step);
-    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
+    weights[0] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
   }
   static __m512bh load_lanes(const uint16_t* x) { return PairArithmetic::load_lanes(x); }
   static Floats multiply_add(__m512bh weights, __m512bh x, Floats sum) {
@@ -61,9 +74,33 @@ struct PairSteps {
 };
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+// In float, looked up by bytes: all even codes of the stretch, then the odd ones.
+struct ByteSteps : FloatSteps {
+  static constexpr int kTogether = 4;
+  static constexpr int kLeastBlock = 32;
+  static constexpr int kFew = 8, kRows = 1;
+
+  FloatTables tables;
+
+  explicit ByteSteps(const float* codebook) : FloatSteps(codebook), tables(codebook) {}
+  static int place(int step, int lane) {
+    const int byte = lane / 4 * 16 + step % 4 * 4 + lane % 4;
+    return 2 * byte + step / 4;
+  }
+  void look_up(Ints codes, int step, Floats* weights) const {
+    const Ints shifted = step == 0 ? _mm256_srli_epi16(codes, 4) : codes;
+    tables.look_up(_mm256_and_si256(shifted, _mm256_set1_epi8(15)), weights);
+  }
+};
+#endif
+
 template <typename Steps, typename Value>
 class FewTokens {
   using Element = typename Steps::Element;
+  static constexpr int kFew = Steps::kFew;
+
+  static constexpr int kWidth = kStretch / Steps::kSteps;
 
   static constexpr int kStrip = 16;  // rows that a thread works on at a time
 
@@ -77,7 +114,7 @@ class FewTokens {
   // Where every lane of every stretch lies in one block.
   static bool fits(const Weight& weight) {
     const int64_t block = weight.block_size;
-    return block >= kCodesPerLane && (block & (block - 1)) == 0 && weight.columns % block == 0;
+    return block >= Steps::kLeastBlock && (block & (block - 1)) == 0 && weight.columns % block == 0;
   }
 
   FewTokens(const Product<Value>& product, int threads)
@@ -87,7 +124,8 @@ class FewTokens {
     block_bits_ = __builtin_ctzll(static_cast<uint64_t>(product.weight.block_size));
     int32_t lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = static_cast<int32_t>(lane * kCodesPerLane / product.weight.block_size);
+      const int place = Steps::place(0, lane * kWidth / kLanes);
+      lanes[lane] = static_cast<int32_t>(place / product.weight.block_size);
     }
     std::memcpy(&block_of_lane_, lanes, sizeof lanes);
   }
@@ -118,7 +156,6 @@ class FewTokens {
 
   // Stretch after stretch, token after token; behind the end of a row there are zeros.
   void order_activations(int64_t token, int tokens, Element* out) const {
-    constexpr int kWidth = kStretch / Steps::kSteps;
     for (int64_t s = 0; s < stretches_; ++s) {
       const int64_t begin = s * kStretch;
       const int count = static_cast<int>(std::min<int64_t>(kStretch, product_.depth - begin));
@@ -128,7 +165,7 @@ class FewTokens {
         for (int i = 0; i < count; ++i) stretch[i] = Steps::element(x[i]);
         for (int step = 0; step < Steps::kSteps; ++step) {
           for (int i = 0; i < kWidth; ++i) {
-            out[step * kWidth + i] = stretch[i * Steps::kSteps + (step ^ 1)];
+            out[step * kWidth + i] = stretch[Steps::place(step, i)];
           }
         }
       }
@@ -156,9 +193,9 @@ class FewTokens {
     for (int64_t begin = 0; begin < stretches_; begin += kChunk) {
       const int64_t end = std::min(begin + kChunk, stretches_);
       int64_t row = 0;
-      for (; row + 2 <= rows; row += 2) {
-        add_stretches<2, kTokens>(first + row, begin, end, activations,
-                                  scales + row * scale_stride(), totals[row]);
+      for (; row + Steps::kRows <= rows; row += Steps::kRows) {
+        add_stretches<Steps::kRows, kTokens>(first + row, begin, end, activations,
+                                             scales + row * scale_stride(), totals[row]);
       }
       if (row < rows) {
         add_stretches<1, kTokens>(first + row, begin, end, activations,
@@ -214,16 +251,20 @@ class FewTokens {
     }
     const Element* x = activations + stretch * kTokens * kStretch;
 #pragma GCC unroll 8
-    for (int step = 0; step < Steps::kSteps; ++step, x += kStretch / Steps::kSteps) {
-      decltype(steps_.look_up(codes[0], 0)) weights[kRows];
+    for (int step = 0; step < Steps::kSteps; step += Steps::kTogether) {
+      typename Steps::Weights weights[kRows][Steps::kTogether];
 #pragma GCC unroll 2
-      for (int row = 0; row < kRows; ++row) weights[row] = steps_.look_up(codes[row], step);
+      for (int row = 0; row < kRows; ++row) steps_.look_up(codes[row], step, weights[row]);
+#pragma GCC unroll 4
+      for (int i = 0; i < Steps::kTogether; ++i, x += kWidth) {
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        const auto lanes = in_register(Steps::load_lanes(x + t * kStretch));
+        for (int t = 0; t < kTokens; ++t) {
+          auto lanes = Steps::load_lanes(x + t * kStretch);
+          if (kRows > 1) lanes = in_register(lanes);
 #pragma GCC unroll 2
-        for (int row = 0; row < kRows; ++row) {
-          sums[row][t] = Steps::multiply_add(weights[row], lanes, sums[row][t]);
+          for (int row = 0; row < kRows; ++row) {
+            sums[row][t] = Steps::multiply_add(weights[row][i], lanes, sums[row][t]);
+          }
         }
       }
     }

@@ -23,19 +23,21 @@ struct FloatFormat {
   // What the codes of a block stand for, rounded to Value: see decode_row.
   class Table {
    public:
+    static constexpr int kVector = FloatTables::kVector;
+
     Table() = default;
     Table(const float* codebook, float scale) {
-      float levels[16];
       for (int i = 0; i < 16; i += kLanes) {
-        store(levels + i, rounded<Value>(load(codebook + i) * broadcast(scale)));
+        store(levels_ + i, rounded<Value>(load(codebook + i) * broadcast(scale)));
       }
-      levels_ = Table16(levels);
+      tables_ = FloatTables(levels_);
     }
 
-    static constexpr int kVector = kLanes;
-
-    void expand(const uint8_t* packed, float* out, int64_t) const {
-      store(out, levels_[spread_to_lanes(packed)]);
+    // kVector values, each kLanes of them `stride` elements behind those before.
+    void expand(const uint8_t* packed, float* out, int64_t, int64_t stride = kLanes) const {
+      Floats values[kVector / kLanes];
+      tables_.restore(packed, values);
+      for (int i = 0; i < kVector / kLanes; ++i) store(out + i * stride, values[i]);
     }
 
     void expand_some(const uint8_t* packed, int64_t count, float* out, int64_t plane) const {
@@ -45,12 +47,11 @@ struct FloatFormat {
       }
     }
 
-    void expand_one(int code, float* out, int64_t) const {
-      store_first(out, levels_[broadcast(int32_t{code})], 1);
-    }
+    void expand_one(int code, float* out, int64_t) const { *out = levels_[code]; }
 
    private:
-    Table16 levels_;
+    float levels_[16];
+    FloatTables tables_;
   };
 
   // Widens `count` values.
@@ -66,7 +67,7 @@ struct FloatFormat {
   // As Table::expand, for kPair rows, straight into panels.
   static void expand_panels(const Table* tables, const uint8_t* const* packed, float* out,
                             int64_t) {
-    tables[0].expand(packed[0], out, 0);
+    tables[0].expand(packed[0], out, 0, kPanelStride);
   }
 
   // c (rows, panels kLanes) += a (rows, depth) * b (panels, depth, kLanes).

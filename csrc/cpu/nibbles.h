@@ -190,40 +190,66 @@ class ScaledLevels {
   Ints low_, high_;
 };
 
-template <>
-class ScaledLevels<float> {
+// Sixteen floats, looked up by bytes: thirty-two codes at a time.
+class FloatTables {
  public:
   static constexpr int kVector = 32;
 
-  ScaledLevels(const float* codebook, float scale) {
-    const ByteTables tables(bits_of(load(codebook) * broadcast(scale)),
-                            bits_of(load(codebook + kLanes) * broadcast(scale)));
-    tables_[0] = tables.get<0>();
-    tables_[1] = tables.get<1>();
-    tables_[2] = tables.get<2>();
-    tables_[3] = tables.get<3>();
+  FloatTables() = default;
+  explicit FloatTables(const float* entries) {
+    const ByteTables tables(bits_of(load(entries)), bits_of(load(entries + kLanes)));
+    bytes_[0] = tables.get<0>();
+    bytes_[1] = tables.get<1>();
+    bytes_[2] = tables.get<2>();
+    bytes_[3] = tables.get<3>();
   }
 
-  template <bool kStream>
-  void restore(const uint8_t* packed, float* y) const {
-    // As above: bytes are interleaved twice.
-    const Ints order = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, 2,
-                                        -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    const Ints codes = spread_to_bytes(packed, order);
+  // values[i]: what the bytes 4 i to 4 i + 3 stand for in each half of `codes`.
+  void look_up(Ints codes, Floats* values) const {
     Ints found[4];
-    for (int i = 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(tables_[i], codes);
+    for (int i = 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(bytes_[i], codes);
     const Ints low_first = _mm256_unpacklo_epi8(found[0], found[1]);
     const Ints high_first = _mm256_unpacklo_epi8(found[2], found[3]);
     const Ints low_last = _mm256_unpackhi_epi8(found[0], found[1]);
     const Ints high_last = _mm256_unpackhi_epi8(found[2], found[3]);
-    put<kStream>(y, _mm256_unpacklo_epi16(low_first, high_first));
-    put<kStream>(y + 8, _mm256_unpackhi_epi16(low_first, high_first));
-    put<kStream>(y + 16, _mm256_unpacklo_epi16(low_last, high_last));
-    put<kStream>(y + 24, _mm256_unpackhi_epi16(low_last, high_last));
+    values[0] = float_of(_mm256_unpacklo_epi16(low_first, high_first));
+    values[1] = float_of(_mm256_unpackhi_epi16(low_first, high_first));
+    values[2] = float_of(_mm256_unpacklo_epi16(low_last, high_last));
+    values[3] = float_of(_mm256_unpackhi_epi16(low_last, high_last));
+  }
+
+  // What kVector codes stand for, in order.
+  void restore(const uint8_t* packed, Floats* values) const {
+    const Ints order = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, 2,
+                                        -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    look_up(spread_to_bytes(packed, order), values);
   }
 
  private:
-  Ints tables_[4];
+  Ints bytes_[4];
+};
+
+template <>
+class ScaledLevels<float> {
+ public:
+  static constexpr int kVector = FloatTables::kVector;
+
+  ScaledLevels(const float* codebook, float scale) {
+    float levels[16];
+    store(levels, load(codebook) * broadcast(scale));
+    store(levels + kLanes, load(codebook + kLanes) * broadcast(scale));
+    tables_ = FloatTables(levels);
+  }
+
+  template <bool kStream>
+  void restore(const uint8_t* packed, float* y) const {
+    Floats values[kVector / kLanes];
+    tables_.restore(packed, values);
+    for (int i = 0; i < kVector / kLanes; ++i) put<kStream>(y + i * kLanes, bits_of(values[i]));
+  }
+
+ private:
+  FloatTables tables_;
 };
 
 #else
@@ -328,6 +354,25 @@ class ScaledLevels {
 };
 
 #endif
+#endif
+
+#if defined(__AVX512BW__) || !defined(__AVX2__)
+
+// Sixteen floats, looked up by the codes of a vector.
+class FloatTables {
+ public:
+  static constexpr int kVector = kLanes;
+
+  FloatTables() = default;
+  explicit FloatTables(const float* entries) : table_(entries) {}
+  void restore(const uint8_t* packed, Floats* values) const {
+    values[0] = table_[spread_to_lanes(packed)];
+  }
+
+ private:
+  Table16 table_;
+};
+
 #endif
 
 // Packs kVectors vectors of codes, one a lane.
