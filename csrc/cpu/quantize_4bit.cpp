@@ -3,6 +3,7 @@
 #include "fixed_point.h"
 #include "large_output.h"
 #include "levels_16.h"
+#include "packing.h"
 #include "parts.h"
 
 namespace qlora {
