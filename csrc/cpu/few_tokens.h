@@ -17,12 +17,25 @@ namespace qlora {
 constexpr int kCodesPerLane = 8;
 constexpr int kStretch = kCodesPerLane * kLanes;
 
-// In float. A 32-bit lane has 8 codes, of which a shift brings one to the lowest bits: the even one
-// of two codes in a byte after the odd one.
-struct FloatSteps {
+// What is the same however floats are looked up.
+struct InFloat {
   using Element = float;
   using Weights = Floats;
   static constexpr int kSteps = 8;
+
+  static Floats load_lanes(const float* x) { return load(x); }
+  static Floats multiply_add(Floats weights, Floats x, Floats sum) {
+    return fused_multiply_add(weights, x, sum);
+  }
+  template <typename Value>
+  static float element(Value x) {
+    return to_float(x);
+  }
+};
+
+// In float. A 32-bit lane has 8 codes, of which a shift brings one to the lowest bits: the even one
+// of two codes in a byte after the odd one.
+struct FloatSteps : InFloat {
   static constexpr int kTogether = 1;  // steps that are looked up at once
   static constexpr int kLeastBlock = kCodesPerLane;
   // Tokens and rows that are worked on at a time: a register for each pair of them.
@@ -36,14 +49,6 @@ struct FloatSteps {
   static int place(int step, int lane) { return lane * kCodesPerLane + (step ^ 1); }
   void look_up(Ints codes, int step, Floats* weights) const {
     weights[0] = levels[shift_right(codes, 4 * step)];
-  }
-  static Floats load_lanes(const float* x) { return load(x); }
-  static Floats multiply_add(Floats weights, Floats x, Floats sum) {
-    return fused_multiply_add(weights, x, sum);
-  }
-  template <typename Value>
-  static float element(Value x) {
-    return to_float(x);
   }
 };
 
@@ -76,14 +81,14 @@ struct PairSteps {
 
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 // In float, looked up by bytes: all even codes of the stretch, then the odd ones.
-struct ByteSteps : FloatSteps {
+struct ByteSteps : InFloat {
   static constexpr int kTogether = 4;
   static constexpr int kLeastBlock = 32;
   static constexpr int kFew = 8, kRows = 1;
 
   FloatTables tables;
 
-  explicit ByteSteps(const float* codebook) : FloatSteps(codebook), tables(codebook) {}
+  explicit ByteSteps(const float* codebook) : tables(codebook) {}
   static int place(int step, int lane) {
     const int byte = lane / 4 * 16 + step % 4 * 4 + lane % 4;
     return 2 * byte + step / 4;

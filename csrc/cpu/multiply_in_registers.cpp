@@ -9,18 +9,24 @@ namespace {
 // Sums that do not wait for one another: two additions a cycle, each of 4 or 5 cycles.
 constexpr int kSums = 12;
 
-int64_t multiply_floats(int64_t rounds) {
+// Takes `step` for each sum in each round; returns how many lanes of sums it took.
+template <typename Step>
+int64_t repeat(int64_t rounds, Step step) {
   Floats sums[kSums];
   for (Floats& sum : sums) sum = broadcast(1.0f);
-  const Floats factor = broadcast(0.5f), term = broadcast(0.25f);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
-    for (Floats& sum : sums) sum = in_register(fused_multiply_add(sum, factor, term));
+    for (Floats& sum : sums) sum = in_register(step(sum));
   }
   float kept[kSums];
   for (int i = 0; i < kSums; ++i) kept[i] = sum(sums[i]);
   asm volatile("" : : "r"(kept) : "memory");  // as if they were read
-  return rounds * kSums * kLanes * 2;
+  return rounds * kSums * kLanes;
+}
+
+int64_t multiply_floats(int64_t rounds) {
+  const Floats factor = broadcast(0.5f), term = broadcast(0.25f);
+  return 2 * repeat(rounds, [=](Floats sum) { return fused_multiply_add(sum, factor, term); });
 }
 
 #if defined(__AMX_BF16__)
@@ -45,17 +51,9 @@ int64_t multiply_bfloat16(int64_t rounds) {
 #elif defined(__AVX512BF16__)
 
 int64_t multiply_bfloat16(int64_t rounds) {
-  Floats sums[kSums];
-  for (Floats& sum : sums) sum = broadcast(1.0f);
   const __m512bh half = _mm512_cvtne2ps_pbh(broadcast(0.5f), broadcast(0.5f));
-  for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-    for (Floats& sum : sums) sum = in_register(_mm512_dpbf16_ps(sum, half, half));
-  }
-  float kept[kSums];
-  for (int i = 0; i < kSums; ++i) kept[i] = sum(sums[i]);
-  asm volatile("" : : "r"(kept) : "memory");
-  return rounds * kSums * kLanes * 2 * 2;  // a lane adds two products
+  // A lane adds two products.
+  return 4 * repeat(rounds, [=](Floats sum) { return _mm512_dpbf16_ps(sum, half, half); });
 }
 
 #else

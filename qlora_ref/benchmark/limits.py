@@ -57,7 +57,7 @@ class ArithmeticLimit:
         parts = {torch.float32: 1, torch.bfloat16: 1 if dtype == torch.bfloat16 else 6}
         for kind, needed in parts.items():
             run = functools.partial(multiply, kind, _ROUNDS)
-            self._add(f"registers {kind}", run, run() / needed)
+            self._add(f"registers {kind}", run, _ROUNDS * multiply(kind, 1) / needed)
 
     def _add(self, name: str, run: Run, flops: float) -> None:
         self.runs[name] = run
