@@ -147,7 +147,7 @@ def test_functions_return_error_codes(fresh_library: Path) -> None:
 def test_numbers_in_registers_are_multiplied_for_every_round(
     cpu: CpuOperations, dtype: torch.dtype
 ) -> None:
-    rounds = 1 << 22
+    rounds = 1 << 24
     began = time.perf_counter()
     operations = cpu.multiply_in_registers(dtype, rounds)
     seconds = time.perf_counter() - began
