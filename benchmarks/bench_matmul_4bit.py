@@ -85,8 +85,9 @@ def _compare(weights: Weights, tokens: int, transposed: bool, repeats: int) -> N
 def print_overhead() -> None:
     """What Python adds to the C function on a small product, in microseconds."""
     weight, x = torch.randn(64, 64), torch.randn(1, 64)
-    layer = qlora_ref.Linear4bit.from_linear(
-        torch.nn.Linear(64, 64, bias=False), double_quant=False
+    layer, with_bias = (
+        qlora_ref.Linear4bit.from_linear(torch.nn.Linear(64, 64, bias=bias), double_quant=False)
+        for bias in (False, True)
     )
     q = qlora_ref.quantize(weight)
     parts = (q.packed, q.scales, q.codebook, q.block_size, q.shape)
@@ -107,9 +108,11 @@ def print_overhead() -> None:
         bare = _microseconds(c)
         operation = _microseconds(lambda: ops.matmul_4bit(x, *parts)) - bare
         module = _microseconds(lambda: layer(x)) - bare
+        biased = _microseconds(lambda: with_bias(x)) - bare
     print(
         f"Python adds to the C function ({bare:.1f} us for 1 x 64 x 64): "
-        f"matmul_4bit {operation:.1f} us, Linear4bit {module:.1f} us; {threads} thread(s)"
+        f"matmul_4bit {operation:.1f} us, Linear4bit {module:.1f} us, with a bias {biased:.1f} us; "
+        f"{threads} thread(s)"
     )
 
 

@@ -142,16 +142,17 @@ def explain(
 
 def select(operation: str, device: torch.device) -> Callable[..., Any]:
     """The function that runs an operation on tensors of a device."""
-    forced = _forced_on(device.type)
+    device_type = device.type
+    forced = _forced_on(device_type)
     if forced is not None:
-        obstacle = _obstacle(forced, operation, device.type)
+        obstacle = _obstacle(forced, operation, device_type)
         if obstacle is not None:
             raise native.BackendUnavailable(
                 f"the backend {forced!r} is forced but cannot run {operation} on {device}: "
                 f"{obstacle}. Lift it with force_backend(None), or see `qlora-ref doctor`"
             )
         return _load(forced, operation, forced_isa())
-    return _load(_preferred(operation, device.type), operation, None)
+    return _load(_preferred(operation, device_type), operation, None)
 
 
 def forced_backend() -> str | None:

@@ -109,8 +109,9 @@ class Operations:
         offset: Tensor | None,
     ) -> Tensor:
         rows, columns = shape
-        y = self._new((*x.shape[:-1], columns if transposed else rows), x.dtype, x)
-        tokens = math.prod(x.shape[:-1])
+        leading = x.shape[:-1]
+        tokens = math.prod(leading)
+        y = self._new((*leading, columns if transposed else rows), x.dtype, x)
         scales = (absmax, nested_absmax, nested_codebook, offset)
         weight = (packed, *scales, codebook, block_size, rows, columns)
         typed = (x, DTYPES[x.dtype], tokens)
@@ -142,7 +143,7 @@ class Operations:
         self._call("adamw_step", device, len(params), counts, *typed, *moments, *tables, *options)
 
     def _new(self, shape: int | Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return like.new_empty(shape, dtype=dtype)
 
     def _matmul_plan(self, x: Tensor, *sizes: Any) -> tuple[Any, ...]:
         """What the library wants to know of a product beyond its contract."""
@@ -156,17 +157,17 @@ class Operations:
             self._raise_error(name, status)
 
     def _address(self, value: Tensor | list[Tensor] | ctypes.Array[Any]) -> Any:
+        if isinstance(value, Tensor):
+            # What C would follow blindly: an address elsewhere, elements that are not in a row.
+            if not self._is_here(value) or not value.is_contiguous():
+                raise ValueError(
+                    f"expected a contiguous tensor on the {self._place}, got one on "
+                    f"{value.device} with strides {value.stride()}"
+                )
+            return value.data_ptr()
         if isinstance(value, list):  # C reads it as an array of pointers
             return (c_void_p * len(value))(*map(self._address, value))
-        if isinstance(value, ctypes.Array):
-            return value
-        # What C would follow blindly: an address elsewhere, elements that are not in a row.
-        if not self._is_here(value) or not value.is_contiguous():
-            raise ValueError(
-                f"expected a contiguous tensor on the {self._place}, got one on {value.device} "
-                f"with strides {value.stride()}"
-            )
-        return value.data_ptr()
+        return value
 
     def _is_here(self, tensor: Tensor) -> bool:
         raise NotImplementedError

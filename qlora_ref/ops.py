@@ -100,7 +100,7 @@ def dequantize_4bit(
     check_output_dtype(dtype)
     check_one_device(packed, absmax, codebook, nested_absmax, nested_codebook, offset)
     return _library.dequantize_4bit(
-        packed.flatten(),
+        packed.contiguous(),
         absmax.contiguous(),
         codebook.contiguous(),
         block_size,
@@ -218,7 +218,7 @@ def matmul_4bit(
     check_one_device(x, packed, absmax, codebook, bias, nested_absmax, nested_codebook, offset)
     return _library.matmul_4bit(
         x.contiguous(),
-        packed.flatten(),
+        packed.contiguous(),
         absmax.contiguous(),
         codebook.contiguous(),
         block_size,

@@ -213,10 +213,10 @@ def matmul_4bit(*arguments: Any) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not needs_gradient and _is_plain(x) and (bias is None or _is_plain(bias)):
-        return _run_matmul(*arguments)
-    product: Tensor = _Matmul4bit.apply(*arguments)
-    return product
+    if needs_gradient or not _is_plain(x) or not (bias is None or _is_plain(bias)):
+        product: Tensor = _Matmul4bit.apply(*arguments)
+        return product
+    return dispatch.select("matmul_4bit", x.device)(*arguments)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -226,7 +226,7 @@ def _is_plain(x: Tensor) -> bool:
     The way through PyTorch's dispatcher to Python and back takes longer than a small product.
     """
     return (
-        type(x) is Tensor
+        type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
