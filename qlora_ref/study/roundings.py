@@ -37,11 +37,8 @@ class Calibrated:
 
 def calibrated() -> list[Calibrated]:
     """NF4 in blocks of 64 with error feedback (GPTQ)."""
-    plain = {"codebook": "nf4", "block_size": 64, "double_quant": False}
-    return [
-        Calibrated("nf4, fed back", 4.5, plain),
-        Calibrated("nf4, searched, fed back", 4.5, {**plain, "scale_search": True}),
-    ]
+    options = {"codebook": "nf4", "block_size": 64, "double_quant": False}
+    return [Calibrated("nf4, fed back", 4.5, options)]
 
 
 def roundings() -> list[Rounding]:

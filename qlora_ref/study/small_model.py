@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class SmallModel:
     ) -> None:
         if not Path(text).is_file():
             raise FileNotFoundError(f"there is no text {text}; it comes with the source archive")
+        self.source = source
         self.model = load_model(source)
-        self.tokenizer = load_tokenizer(source)
         training, held_out = cut(Path(text).read_text(encoding="utf-8"))
         self.training, self.windows = self.split(training), self.split(held_out)[:count]
         if turn is not None:
@@ -51,8 +52,7 @@ class SmallModel:
 
     def split(self, text: str) -> Tensor:
         """Whole windows of a text's tokens, int64 (n, 128)."""
-        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+        return _windows(self.source, text)
 
     @torch.no_grad()
     def put(self, change: Callable[[Tensor], Tensor]) -> float:
@@ -79,6 +79,12 @@ class SmallModel:
     def losses(self) -> Tensor:
         """The mean loss of each held-out window in nats a token, float64 (n,)."""
         return window_losses(self.model, self.windows)
+
+
+@functools.cache  # the same few texts for every model of a process
+def _windows(source: str, text: str) -> Tensor:
+    ids = torch.tensor(load_tokenizer(source)(text, add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
 
 
 @torch.no_grad()
