@@ -70,12 +70,33 @@ inline Ints largest_of_each(const Ints* x) {
                 _mm256_permute2x128_si256(first, last, 0x31));
 }
 
-// Lane i is table[indices[i]].
-inline Floats look_up(const float* table, Ints indices) {
-  return _mm256_i32gather_ps(table, indices, sizeof(float));
+// The lanes of a vector in general registers, two in each.
+class Indices {
+ public:
+  explicit Indices(Ints x) {
+    const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+    pairs_[0] = _mm_cvtsi128_si64(low);
+    pairs_[1] = _mm_extract_epi64(low, 1);
+    pairs_[2] = _mm_cvtsi128_si64(high);
+    pairs_[3] = _mm_extract_epi64(high, 1);
+  }
+  uint32_t operator[](int i) const { return pairs_[i / 2] >> 32 * (i % 2); }
+
+ private:
+  uint64_t pairs_[4];
+};
+
+// Lane i is table[indices[i]]. On Zen 3 eight loads take two thirds of the time of an instruction
+// that gathers, and less where microcode has made that one safe.
+inline Floats look_up(const float* table, Ints x) {
+  const Indices at(x);
+  return _mm256_setr_ps(table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]],
+                        table[at[5]], table[at[6]], table[at[7]]);
 }
-inline Ints look_up(const int32_t* table, Ints indices) {
-  return _mm256_i32gather_epi32(table, indices, sizeof(int32_t));
+inline Ints look_up(const int32_t* table, Ints x) {
+  const Indices at(x);
+  return _mm256_setr_epi32(table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]],
+                           table[at[5]], table[at[6]], table[at[7]]);
 }
 
 // Lane i is x[lanes[i]].
