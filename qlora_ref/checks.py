@@ -159,7 +159,7 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for grad in grads:
         check_float("a gradient", grad)
     _check_contiguous("parameters", params)
-    if len(set(params)) < len(params):
+    if len(set(map(id, params))) < len(params):
         raise ValueError("a parameter is listed twice: a step changes each one once")
 
 

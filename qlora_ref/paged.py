@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ DEFAULT_RESIDENT_BYTES = 256 << 20
 SMALLEST_PAGED_STATE = 64 << 10  # bytes
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """A parameter or a part of it that a step updates, with the state of just that part."""
 
     owner: Tensor  # the parameter

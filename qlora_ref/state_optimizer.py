@@ -130,14 +130,16 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
                 self.state[param]["step"] += steps
 
     def _whole(self, param: Tensor) -> Slice:
-        assert param.grad is not None
-        return Slice(param, param, param.grad.contiguous(), self.state[param])
+        grad = param.grad
+        assert grad is not None
+        return Slice(param, param, grad.contiguous(), self.state[param])
 
     def _step_slices(self, groups: dict[Tensor, dict[str, Any]], slices: list[Slice]) -> None:
         """Update parameters or parts of them; those that one call can take together, together."""
         batches: dict[Any, list[Slice]] = {}
         for part in slices:
-            key = (id(groups[part.owner]), self.state[part.owner]["step"], part.param.device)
+            owner = part.owner
+            key = (id(groups[owner]), self.state[owner]["step"], owner.device)
             batches.setdefault(key, []).append(part)
         for (_, step, _), batch in batches.items():
             self.step_alike(batch, groups[batch[0].owner], step)
