@@ -41,6 +41,7 @@ struct FloatSteps : InFloat {
   // Tokens and rows that are worked on at a time: a register for each pair of them.
   static constexpr int kFew = kLanes == 16 ? 8 : 4;
   static constexpr int kRows = 2;
+  static constexpr int kMost = 2 * kFew;  // tokens: with more, a Multiplier is faster
 
   Table16 levels;
 
@@ -61,6 +62,7 @@ struct PairSteps {
   static constexpr int kTogether = 1;
   static constexpr int kLeastBlock = kCodesPerLane;
   static constexpr int kFew = 8, kRows = 2;
+  static constexpr int kMost = 2 * kFew;
 
   Ints levels;
 
@@ -85,6 +87,7 @@ struct ByteSteps : InFloat {
   static constexpr int kTogether = 4;
   static constexpr int kLeastBlock = 32;
   static constexpr int kFew = 8, kRows = 1;
+  static constexpr int kMost = 2 * kFew - 1;  // whole panels of tokens suit a Multiplier
 
   FloatTables tables;
 

@@ -35,9 +35,10 @@ using BestSteps = FloatSteps;
 // Up to here products go through FewTokens. Its time grows by a quarter of a decoding with each
 // token; a Multiplier's decoding, through memory, takes about three times as long, and then a token
 // costs little where tiles multiply bfloat16, and about half as much as here elsewhere. So measured
-// at 4096 x 4096 on AVX2 (Zen 3: as fast at 16 tokens, 1.2 to 1.4 times at 12), AVX-512 and AMX.
+// at 4096 x 4096 on AVX2 (Zen 3, float32: as fast at 15 tokens, 1.2 times at 12, 0.75 to 0.95 at
+// 16), AVX-512 and AMX.
 template <typename Value>
-constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : 2 * BestSteps<Value>::kFew;
+constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : BestSteps<Value>::kMost;
 
 // Tiles take numbers below 2^-126 for zero, and the last plane of a float is 2^-18 of it or less:
 // that a product keeps the accuracy of floats takes tokens well above.
