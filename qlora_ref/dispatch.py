@@ -34,18 +34,24 @@ OPERATIONS = (
 )
 BACKENDS = ("cuda", "cpu", "triton", "reference")  # in order of preference
 
+_NAMES = {"backend": BACKENDS, "isa": native.ISAS}  # what can be forced
+
 _forced: dict[str, str | None] = {"backend": None, "isa": None}
+
+# The dictionary in os.environ. For a variable that is not set os.environ itself raises and catches
+# an exception, which takes about as long as all checks of an operation's arguments.
+_environment: dict[Any, Any] = vars(os.environ)["_data"]
+_VARIABLES = {kind: os.environ.encodekey(f"QLORA_REF_{kind.upper()}") for kind in _NAMES}
 
 
 class _Force:
     """Sets an entry of `_forced` from now on, or until the end of a `with` block."""
 
     _kind: str
-    _names: tuple[str, ...]
 
     def __init__(self, name: str | None) -> None:
         self._before = _forced[self._kind]
-        _forced[self._kind] = None if name is None else _check(self._kind, name, self._names)
+        _forced[self._kind] = None if name is None else _check(self._kind, name)
 
     def __enter__(self) -> None:
         return None
@@ -74,7 +80,7 @@ class force_backend(_Force):  # noqa: N801  (used as a function and as a context
     `native.BackendUnavailable` (a RuntimeError) when it is called.
     """
 
-    _kind, _names = "backend", BACKENDS
+    _kind = "backend"
 
 
 class force_isa(_Force):  # noqa: N801
@@ -87,7 +93,7 @@ class force_isa(_Force):  # noqa: N801
     Raises as `force_backend` does.
     """
 
-    _kind, _names = "isa", native.ISAS
+    _kind = "isa"
 
 
 @dataclass(frozen=True)
@@ -157,17 +163,17 @@ def select(operation: str, device: torch.device) -> Callable[..., Any]:
 
 def forced_backend() -> str | None:
     """The backend that is forced, by `force_backend` or by QLORA_REF_BACKEND; None if none is."""
-    return _forced["backend"] or _from_environment("QLORA_REF_BACKEND", "backend", BACKENDS)
+    return _forced["backend"] or _from_environment("backend")
 
 
 def forced_isa() -> str | None:
     """The instruction set that is forced, by `force_isa` or by QLORA_REF_ISA; None if none is."""
-    return _forced["isa"] or _from_environment("QLORA_REF_ISA", "isa", native.ISAS)
+    return _forced["isa"] or _from_environment("isa")
 
 
-def _from_environment(variable: str, kind: str, names: tuple[str, ...]) -> str | None:
-    name = os.environ.get(variable)
-    return _check(kind, name, names) if name else None
+def _from_environment(kind: str) -> str | None:
+    name = _environment.get(_VARIABLES[kind])
+    return _check(kind, os.environ.decodevalue(name)) if name else None
 
 
 def _forced_on(device_type: str) -> str | None:
@@ -181,9 +187,9 @@ def _check_operation(operation: str) -> None:
         raise ValueError(f"no operation is called {operation!r}: expected one of {OPERATIONS}")
 
 
-def _check(kind: str, name: str, names: tuple[str, ...]) -> str:
-    if name not in names:
-        raise ValueError(f"no {kind} is called {name!r}: expected one of {names}")
+def _check(kind: str, name: str) -> str:
+    if name not in _NAMES[kind]:
+        raise ValueError(f"no {kind} is called {name!r}: expected one of {_NAMES[kind]}")
     return name
 
 
