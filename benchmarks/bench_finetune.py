@@ -29,8 +29,10 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 VOCABULARY = 2048
 
-# Of the first loss, which all three compute from the same weights, quantised or not.
-SAME_LOSS = 0.05
+# How far first losses may be from ours. bitsandbytes computes from the same codes, in bfloat16.
+# Dense weights are not rounded to 4 bits: that moves the loss of a token by 0.5 (its standard
+# deviation in the larger model), and the mean of 64 tokens by 0.06.
+SAME_LOSS = {"bitsandbytes": 0.02, "dense": 0.25}
 
 
 def main() -> None:
@@ -39,21 +41,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     for name, (hidden, between, blocks, sequences, length) in MODELS.items():
+        torch.manual_seed(0)
         ids = torch.randint(0, VOCABULARY, (sequences, length))
         makers = {"ours": _ours, "bitsandbytes": _bitsandbytes, "dense": _dense}
         steps = {
             who: _step(*make(_llama(hidden, between, blocks)), ids) for who, make in makers.items()
         }
         losses = {who: step() for who, step in steps.items()}
-        if max(losses.values()) - min(losses.values()) > SAME_LOSS:
+        if any(abs(losses[who] - losses["ours"]) > apart for who, apart in SAME_LOSS.items()):
             raise RuntimeError(f"the first losses differ: {losses}")
         for threads in options.threads:
             torch.set_num_threads(threads)
             found = medians(steps, options.repeats)
             ours = found["ours"]
-            ratios = ", ".join(
-                f"{who} {found[who] / ours:.2f}" for who in ("bitsandbytes", "dense")
-            )
+            ratios = ", ".join(f"{who} {found[who] / ours:.2f}" for who in SAME_LOSS)
             print(
                 f"{name} ({blocks} x {hidden}/{between}, {sequences} x {length} tokens), "
                 f"{threads} thread(s): {ids.numel() / ours:.0f} tokens/s; time / ours: {ratios}",
