@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from qlora_ref import torch_library
 from qlora_ref.codebooks import CODEBOOKS
 from qlora_ref.linear import Embedding4bit, Linear4bit
 from qlora_ref.quantized import quantize
@@ -259,6 +260,19 @@ def test_a_model_of_two_layers_compiles_without_a_break() -> None:
         results.append((y, x.grad, model[0].bias.grad, model[2].bias.grad))
     for eager, compiled in zip(*results, strict=True):
         assert_same_bits(compiled, eager)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_a_gradient_a_layer_goes_round_autograd(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The way through it and PyTorch's dispatcher takes longer than a small product.
+    monkeypatch.setattr(torch_library, "_Matmul4bit", None)
+    layer, x = Linear4bit.from_linear(dense_linear(64, 8, bias)), normal(2, 64)
+    with torch.no_grad():
+        layer(x)
+    with pytest.raises(AttributeError, match="apply"):  # what would have been called
+        layer(x.requires_grad_())
 
 
 def test_torch_func_differentiates_and_maps_over_x() -> None:
