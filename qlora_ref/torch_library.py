@@ -213,15 +213,15 @@ def matmul_4bit(*arguments: Any) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if needs_gradient or not _is_plain(x) or not (bias is None or _is_plain(bias)):
-        product: Tensor = _Matmul4bit.apply(*arguments)
-        return product
-    return dispatch.select("matmul_4bit", x.device)(*arguments)
+    if not needs_gradient and _is_plain(x) and (bias is None or _is_plain(bias)):
+        return _run_matmul(*arguments)
+    product: Tensor = _Matmul4bit.apply(*arguments)
+    return product
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks on who must see an operator: no subclass, meta tensor, mode, transform,
-    lazy negation (which the dispatcher carries out).
+    """Whether nobody looks on who must see an operator: no subclass but Parameter, no meta
+    tensor, mode, transform or lazy negation (which the dispatcher carries out).
 
     The way through PyTorch's dispatcher to Python and back takes longer than a small product.
     """
