@@ -139,7 +139,9 @@ def test_zero_computes_what_the_base_does_and_asks_for_nothing() -> None:
 
 
 def test_gpt2_conv1d_weights_are_taken_the_right_way_round() -> None:
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    pytorch_utils = pytest.importorskip(
+        "transformers.pytorch_utils", reason="transformers is not installed"
+    )
     model = nn.ModuleDict({"c": pytorch_utils.Conv1D(32, 32)})  # square: shapes tell nothing
     weights = dense_weights(model)
     assert torch.equal(weights["c"], model["c"].weight.t())

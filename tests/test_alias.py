@@ -18,7 +18,10 @@ bnb = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is missing: pip install bitsandbytes==0.50.2"
 )
 
-parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+parametrize = pytest.importorskip(
+    "bitsandbytes.nn.parametrize",
+    reason="bitsandbytes has no nn.parametrize: pip install bitsandbytes==0.50.2",
+)
 
 
 def arguments(function: Any) -> list[tuple[str, Any]]:
