@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_ref import ops
+from qlora_ref import torch_library
 from qlora_ref.codebooks import dynamic_codebook
-from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, Slice
+from qlora_ref.paged import DEFAULT_RESIDENT_BYTES
 from qlora_ref.paging.layout import Fields, state_fields
-from qlora_ref.state_optimizer import StateOptimizer
+from qlora_ref.state_optimizer import Batch, StateOptimizer
 from qlora_ref.torch_adamw import from_torch_adamw
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they can be negative
@@ -71,23 +71,17 @@ class AdamW(StateOptimizer):
         """See StateOptimizer."""
         return adamw_fields(group["state_bits"])
 
-    def step_alike(self, batch: list[Slice], group: dict[str, Any], step: int) -> None:
+    def step_alike(self, batch: Batch, group: dict[str, Any], step: int) -> None:
         """See StateOptimizer."""
-        names = [field.name for field in self.fields(group)]
-        tensors: list[Any] = [[part.state[name] for part in batch] for name in names]
+        fields = self.fields(group)
+        state: list[Any] = [[state[field.name] for state in batch.states] for field in fields]
         if group["state_bits"] == 8:
-            tensors += [_codebook(signed, batch[0].param.device) for signed in (True, False)]
-        ops.adamw_step(
-            [part.param for part in batch],
-            [part.grad for part in batch],
-            *tensors,
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=step,
-        )
+            state += [_codebook(signed, batch.params[0].device) for signed in (True, False)]
+        else:
+            state += [[], [], None, None]  # neither scales nor codebooks
+        options = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step)
+        # Not ops.adamw_step: its checks were made, of all batches before the first one is stepped.
+        torch_library.adamw_step(batch.params, batch.grads, *state, *options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, of torch.optim.AdamW too; its groups' options come with it.

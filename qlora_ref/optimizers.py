@@ -21,7 +21,7 @@ from qlora_ref.codebooks import DYNAMIC_BLOCK_SIZE, dynamic_codebook
 from qlora_ref.optimizer_rules import RULES, Rule, norms, squares
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, Slice
 from qlora_ref.paging.layout import Fields, state_fields
-from qlora_ref.state_optimizer import Options, Parts, StateOptimizer
+from qlora_ref.state_optimizer import Batch, Options, Parts, StateOptimizer
 
 
 class RuleOptimizer(StateOptimizer):
@@ -86,10 +86,10 @@ class RuleOptimizer(StateOptimizer):
             seen.setdefault(part.owner, []).append(squares(part.param.float(), direction))
         self._norms = {param: norms(found) for param, found in seen.items()}
 
-    def step_alike(self, batch: list[Slice], group: Options, step: int) -> None:
+    def step_alike(self, batch: Batch, group: Options, step: int) -> None:
         """See StateOptimizer."""
         rule = RULES[group["rule"]]
-        for part in batch:
+        for part in map(Slice, *batch):
             moments = _moments(part, rule)
             values, grad = _values(part)
             options = {**group, "norms": self._norms.get(part.owner)}

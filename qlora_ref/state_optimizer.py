@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qlora_ref.checks import check_gradients
+from qlora_ref.checks import check_gradients, check_moment_scales, check_moments
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
 from qlora_ref.paging.counters import PagingReport
 from qlora_ref.paging.layout import Fields
@@ -22,6 +23,17 @@ from qlora_ref.paging.layout import Fields
 STATE_BITS = (32, 8)
 Options = dict[str, Any]
 Parts = Callable[[list[Tensor]], Iterator[Slice]]
+
+_device, _is_sparse = attrgetter("device"), attrgetter("is_sparse")
+
+
+class Batch(NamedTuple):
+    """Many of `Slice`, by columns: what a kernel takes, and quicker to make for many parameters."""
+
+    owners: Sequence[Tensor]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Mapping[str, Tensor]]
 
 
 class StateOptimizer(torch.optim.Optimizer, ABC):
@@ -58,7 +70,7 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         """The tensors of the state of each parameter of a group."""
 
     @abstractmethod
-    def step_alike(self, batch: list[Slice], group: Options, step: int) -> None:
+    def step_alike(self, batch: Batch, group: Options, step: int) -> None:
         """Update parameters, or parts of them, of one group and device; `step` counts from 1."""
 
     def survey(self, trained: list[Tensor], parts: Parts) -> None:  # noqa: B027
@@ -84,22 +96,25 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
             [param for param in group["params"] if param.grad is not None]
             for group in self.param_groups
         ]
-        for params in trained:  # all of them, before the first one moves or is counted
+        # All that can be wrong, of all of them, before the first one moves or is counted.
+        for params in trained:
             _check_gradients(params)
         self._make_states(trained)
         # With copies of gradients, where they need them: once pages were stepped nothing may fail.
-        whole = [self._whole(p) for params in trained for p in params if not self._is_paged(p)]
+        whole = [self._whole(params, group) for params, group in zip(trained, self.param_groups)]
         self._count(trained, 1)
-        update = functools.partial(self._step_slices, _groups_of_params(self.param_groups))
         if self._paged is not None:
             paged = [p for params in trained for p in params if self._is_paged(p)]
+            numbers = {p: i for i, params in enumerate(trained) for p in params}
+            update = functools.partial(self._step_pages, numbers)
             try:
                 self.survey(paged, self._paged.parts)
                 self._paged.step(paged, update)
             except BaseException:
                 self._count(trained, -1)  # nothing else has changed
                 raise
-        update(whole)
+        for group, batch in zip(self.param_groups, whole):
+            self._step_batch(batch, group)
         return loss
 
     def paging_report(self) -> PagingReport | None:
@@ -129,20 +144,34 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
             for param in params:
                 self.state[param]["step"] += steps
 
-    def _whole(self, param: Tensor) -> Slice:
-        grad = param.grad
-        assert grad is not None
-        return Slice(param, param, grad.contiguous(), self.state[param])
+    def _whole(self, params: list[Tensor], group: Options) -> Batch:
+        """The parameters whose state is in memory, which is checked."""
+        if self._paged is not None:
+            params = [param for param in params if param not in self._paged]
+        states = [self.state[param] for param in params]
+        _check_states(params, self.fields(group), states)
+        grads = [param.grad.contiguous() for param in params if param.grad is not None]
+        return Batch(params, params, grads, states)
 
-    def _step_slices(self, groups: dict[Tensor, dict[str, Any]], slices: list[Slice]) -> None:
-        """Update parameters or parts of them; those that one call can take together, together."""
-        batches: dict[Any, list[Slice]] = {}
+    def _step_pages(self, numbers: dict[Tensor, int], slices: list[Slice]) -> None:
+        """Update parts of parameters; the numbers are those of their groups."""
+        found: dict[int, list[Slice]] = {}
         for part in slices:
-            owner = part.owner
-            key = (id(groups[owner]), self.state[owner]["step"], owner.device)
-            batches.setdefault(key, []).append(part)
-        for (_, step, _), batch in batches.items():
-            self.step_alike(batch, groups[batch[0].owner], step)
+            found.setdefault(numbers[part.owner], []).append(part)
+        for number, members in found.items():
+            self._step_batch(Batch(*zip(*members)), self.param_groups[number])
+
+    def _step_batch(self, batch: Batch, group: Options) -> None:
+        """Update what belongs to a group: all in one call, if one can take it."""
+        steps = [self.state[owner]["step"] for owner in batch.owners]
+        if len(set(steps)) == len(set(map(_device, batch.params))) == 1:
+            self.step_alike(batch, group, steps[0])
+            return
+        kinds: dict[Any, list[Slice]] = {}
+        for step, part in zip(steps, map(Slice, *batch)):
+            kinds.setdefault((step, part.param.device), []).append(part)
+        for (step, _), alike in kinds.items():
+            self.step_alike(Batch(*zip(*alike)), group, step)
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch; a paged state comes as tensors mapped from a file, as it is now."""
@@ -227,13 +256,19 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_gradients(params: list[Tensor]) -> None:
     grads = [param.grad for param in params if param.grad is not None]
-    if any(grad.is_sparse for grad in grads):
+    if any(map(_is_sparse, grads)):
         raise ValueError("these are for dense gradients; use torch.optim.SparseAdam for sparse")
     check_gradients(params, grads)
 
 
-def _groups_of_params(groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-    return {param: group for group in groups for param in group["params"]}
+def _check_states(params: list[Tensor], fields: Fields, states: list[dict[str, Any]]) -> None:
+    """What a step will change: other tensors may have been put there."""
+    for field in fields:
+        tensors: list[Any] = [state.get(field.name) for state in states]
+        if field.group == 1:
+            check_moments(params, tensors, field.name, field.dtype)
+        else:
+            check_moment_scales(params, tensors, field.name)
 
 
 def _zero_state(param: Tensor, fields: Fields) -> dict[str, Tensor]:

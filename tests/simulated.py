@@ -12,7 +12,8 @@ import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import CDLL
+from ctypes import CDLL, c_void_p
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,13 @@ class SimulatedOperations(CudaOperations):
     """The operations of a CUDA library, on CPU tensors, as if on one of GPUS."""
 
     _place = "simulated GPU"
+    _is_here = attrgetter("is_cpu")
 
     def __init__(self, library: CDLL, device: Device, gpu: Gpu) -> None:
         super().__init__(library)
         self._device, self._simulated = device, gpu
         self._new_ones: set[int] = set()  # addresses of what the call is to write
         self._there: dict[tuple[int, int], tuple[Tensor, int]] = {}  # with its address on the GPU
-
-    def _is_here(self, tensor: Tensor) -> bool:
-        return tensor.is_cpu
 
     def _execution(self, device: torch.device) -> int:
         return 0  # the default stream
@@ -90,6 +89,9 @@ class SimulatedOperations(CudaOperations):
                 self._device.memory.write(address, _bytes(value))
             self._there[host, size] = value, address
         return self._there[host, size][1]
+
+    def _addresses(self, tensors: list[Tensor]) -> Any:
+        return (c_void_p * len(tensors))(*map(self._address, tensors))
 
     def _copy_back(self, tensor: Tensor, address: int) -> None:
         content, written = self._device.memory.read(address, len(_bytes(tensor)))

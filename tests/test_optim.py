@@ -357,3 +357,30 @@ def test_bad_parameter_stops_the_step_before_any_other_moves(
         optimizer.step()
     assert_same_bits(good, before)
     assert all(not state or state["step"] == 0 for state in optimizer.state.values())
+
+
+# A state that was replaced, by its name, and what is said of it.
+BAD_STATES = (
+    (32, "exp_avg", Tensor.half, TypeError, "exp_avg must be torch.float32, got torch.float16"),
+    (32, "exp_avg_sq", Tensor.t, ValueError, "exp_avg_sq must have the shapes of params"),
+    (8, "exp_avg", Tensor.float, TypeError, "exp_avg must be torch.uint8, got torch.float32"),
+    (8, "exp_avg_absmax", Tensor.half, TypeError, "exp_avg_absmax must be torch.float32"),
+    (8, "exp_avg_sq_absmax", lambda x: x[:-1], ValueError, "600 values in blocks of 256 need 3"),
+    (8, "exp_avg_absmax", lambda x: x.repeat(2)[::2], ValueError, "must be contiguous"),
+    (8, "exp_avg_absmax", lambda x: None, TypeError, "must be a tensor, got NoneType"),
+)
+
+
+@pytest.mark.parametrize(("state_bits", "name", "replace", "error", "message"), BAD_STATES)
+def test_bad_state_stops_the_step_before_any_parameter_moves(
+    state_bits: int, name: str, replace: Any, error: type[Exception], message: str
+) -> None:
+    good, bad = parameter(seed=1), parameter(seed=2)
+    optimizer = AdamW([{"params": [good]}, {"params": [bad]}], state_bits=state_bits)
+    take_steps(optimizer, range(1))
+    before = good.detach().clone()
+    optimizer.state[bad][name] = replace(optimizer.state[bad][name])
+    with pytest.raises(error, match=message):
+        take_steps(optimizer, range(1, 2))
+    assert_same_bits(good, before)
+    assert [optimizer.state[param]["step"] for param in (good, bad)] == [1, 1]

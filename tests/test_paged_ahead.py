@@ -12,7 +12,7 @@ import torch
 from test_paged import SMALLEST, make_params, paged_adamw, params_of, set_gradients, small_model
 from torch import nn
 
-from qlora_ref import AdamW, ops
+from qlora_ref import AdamW, torch_library
 from qlora_ref.paging.file_tier import FileTier
 from qlora_ref.paging.files import PageFile
 
@@ -104,14 +104,14 @@ def test_next_pages_are_on_their_way_while_one_is_stepped(
     optimizer = paged_adamw(make_params(), tmp_path)
     set_gradients(params_of(optimizer), 0)
     optimizer.step()
-    tier, ahead, real = optimizer._paged._tier, [], ops.adamw_step
+    tier, ahead, real = optimizer._paged._tier, [], torch_library.adamw_step
 
     def counted(*arguments: Any, **options: Any) -> None:
         # Also what is being written takes a slot: at least two pages more are read or there.
         ahead.append(sum(p.slot is not None and not p.writing for p in tier._pages if p.places))
         real(*arguments, **options)
 
-    monkeypatch.setattr(ops, "adamw_step", counted)
+    monkeypatch.setattr(torch_library, "adamw_step", counted)
     tier.begin()
     optimizer.step()
     streamed = sum(page.places is not None for page in tier._pages)

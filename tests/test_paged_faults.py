@@ -26,7 +26,7 @@ from test_paged import (
 )
 from torch import Tensor
 
-from qlora_ref import AdamW, ops
+from qlora_ref import AdamW, torch_library
 
 READS, WRITES = 10_000, 10_000  # more than a step has
 
@@ -329,7 +329,7 @@ def test_interrupt_in_a_step_undoes_it(
 ) -> None:
     paged, plain = pair
     settle(paged)
-    before, calls, real = snapshot(paged), iter(range(100)), ops.adamw_step
+    before, calls, real = snapshot(paged), iter(range(100)), torch_library.adamw_step
 
     def interrupted(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)
@@ -337,7 +337,7 @@ def test_interrupt_in_a_step_undoes_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "adamw_step", interrupted)
+        patch.setattr(torch_library, "adamw_step", interrupted)
         set_gradients(params_of(paged), 2)
         with pytest.raises(KeyboardInterrupt):
             paged.step()
