@@ -16,6 +16,7 @@ from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_INTEGERS = (int, torch.SymInt)
 _shape = attrgetter("shape")
 _dtype_and_layout = attrgetter("dtype", "layout")
 
@@ -48,7 +49,7 @@ def check_output_dtype(dtype: torch.dtype) -> None:
 
 
 def check_block_size(block_size: int) -> None:
-    if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool):
+    if not isinstance(block_size, _INTEGERS) or isinstance(block_size, bool):
         raise TypeError(f"block_size must be an int, got {type(block_size).__name__}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even and at least 2, got {block_size}; 64 is usual")
@@ -57,7 +58,7 @@ def check_block_size(block_size: int) -> None:
 
 def check_shape(shape: Sequence[int]) -> None:
     for size in shape:
-        if not isinstance(size, (int, torch.SymInt)):
+        if not isinstance(size, _INTEGERS):
             raise TypeError(f"shape must hold ints, got {size!r} in {tuple(shape)}")
         if size < 0:
             raise ValueError(f"shape must hold no negative size, got {tuple(shape)}")
@@ -65,7 +66,7 @@ def check_shape(shape: Sequence[int]) -> None:
 
 
 def check_step(step: int) -> None:
-    if not isinstance(step, (int, torch.SymInt)):
+    if not isinstance(step, _INTEGERS):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
@@ -79,10 +80,11 @@ def _check_limit(name: str, count: int) -> None:
 
 
 def check_one_device(first: Tensor, *others: Tensor | None) -> None:
+    device = first.device
     for other in others:
-        if other is not None and other.device != first.device:
+        if other is not None and other.device != device:
             raise ValueError(
-                f"all tensors must be on one device, got {first.device} and {other.device}; "
+                f"all tensors must be on one device, got {device} and {other.device}; "
                 "move them with .to()"
             )
 

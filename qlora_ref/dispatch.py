@@ -148,7 +148,7 @@ def explain(
 
 def select(operation: str, device: torch.device) -> Callable[..., Any]:
     """The function that runs an operation on tensors of a device."""
-    device_type = device.type
+    device_type = _type_of(device)
     forced = _forced_on(device_type)
     if forced is not None:
         obstacle = _obstacle(forced, operation, device_type)
@@ -191,6 +191,11 @@ def _check(kind: str, name: str) -> str:
     if name not in _NAMES[kind]:
         raise ValueError(f"no {kind} is called {name!r}: expected one of {_NAMES[kind]}")
     return name
+
+
+@functools.cache
+def _type_of(device: torch.device) -> str:
+    return device.type  # a new string each time, which takes longer than this look-up
 
 
 @functools.cache

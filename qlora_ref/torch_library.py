@@ -219,6 +219,9 @@ def matmul_4bit(*arguments: Any) -> Tensor:
     return product
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody looks on who must see an operator: no subclass but Parameter, no meta
     tensor, mode, transform or lazy negation (which the dispatcher carries out).
@@ -226,7 +229,7 @@ def _is_plain(x: Tensor) -> bool:
     The way through PyTorch's dispatcher to Python and back takes longer than a small product.
     """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in _PLAIN_TYPES
         and not x.is_meta
         and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -57,7 +57,7 @@ class SimulatedOperations(CudaOperations):
     def _gpu(self, device: torch.device) -> Gpu:
         return self._simulated
 
-    def _new(self, shape: int | Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    def _new(self, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
         tensor = super()._new(shape, dtype, like)
         self._new_ones.add(tensor.data_ptr())
         return tensor
