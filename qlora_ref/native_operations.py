@@ -150,7 +150,8 @@ class Operations:
     def _new(self, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
         # One size an argument: torch takes them in two thirds of the time of a tuple. But for (),
         # which would be no argument.
-        return like.new_empty(*(shape or [()]), dtype=dtype)
+        sizes: Sequence[Any] = shape or [()]
+        return like.new_empty(*sizes, dtype=dtype)
 
     def _matmul_plan(self, x: Tensor, *sizes: Any) -> tuple[Any, ...]:
         """What the library wants to know of a product beyond its contract."""
