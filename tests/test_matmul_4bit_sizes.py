@@ -84,6 +84,18 @@ def test_more_tokens_than_are_worked_on_at_a_time(transposed: bool, device: str)
     assert_is_accurate(x, weight, dense, device, transposed)
 
 
+# Roundings of sums of one sign add up: a sum in too many steps, or too long ones, shows here.
+@pytest.mark.parametrize("tokens", [4, 20])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_long_sums_of_one_sign(transposed: bool, tokens: int, device: str) -> None:
+    shape = (8192, 16) if transposed else (16, 8192)
+    weight, _ = large_weight(*shape, 64)
+    weight.codebook.abs_()
+    dense = dequantize_4bit(weight.packed, weight.absmax, weight.codebook, 64, shape)
+    x = normal(tokens, 8192, seed=3).abs()
+    assert_is_accurate(x, weight, dense, device, transposed)
+
+
 @pytest.mark.threads
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 @pytest.mark.parametrize("transposed", [False, True])

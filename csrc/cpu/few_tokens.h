@@ -89,7 +89,7 @@ struct ByteSteps : InFloat {
   static constexpr int kFew = 8, kRows = 1;
   static constexpr int kMost = 2 * kFew - 1;  // whole panels of tokens suit a Multiplier
 
-  FloatTables tables;
+  FloatTables<float> tables;
 
   explicit ByteSteps(const float* codebook) : tables(codebook) {}
   static int place(int step, int lane) {

@@ -168,13 +168,14 @@ struct Bfloat16Format {
 
   static void multiply(const uint16_t* a, [[maybe_unused]] int64_t a_plane, const uint16_t* b,
                        [[maybe_unused]] int64_t b_plane, int64_t rows, int64_t panels, int depth,
-                       float* c, int64_t c_stride) {
+                       [[maybe_unused]] int run, float* c, int64_t c_stride) {
     if constexpr (kHasTiles) {
       multiply_on_tiles<kPlanes, Bfloat16Format>(a, a_plane, b, b_plane, rows, panels, depth, c,
                                                  c_stride);
     } else {
       static_assert(kPlanes == 1);
-      multiply_by_panels<PairArithmetic, Bfloat16Format>(a, b, rows, panels, depth, c, c_stride);
+      multiply_by_panels<PairArithmetic, Bfloat16Format>(a, b, rows, panels, depth, run, c,
+                                                         c_stride);
     }
   }
 };

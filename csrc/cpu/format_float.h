@@ -23,14 +23,14 @@ struct FloatFormat {
   // What the codes of a block stand for, rounded to Value: see decode_row.
   class Table {
    public:
-    static constexpr int kVector = FloatTables::kVector;
+    static constexpr int kVector = FloatTables<Value>::kVector;
 
     Table() = default;
     Table(const float* codebook, float scale) {
       for (int i = 0; i < 16; i += kLanes) {
         store(levels_ + i, rounded<Value>(load(codebook + i) * broadcast(scale)));
       }
-      tables_ = FloatTables(levels_);
+      tables_ = FloatTables<Value>(levels_);
     }
 
     // kVector values, each kLanes of them `stride` elements behind those before.
@@ -51,7 +51,7 @@ struct FloatFormat {
 
    private:
     float levels_[16];
-    FloatTables tables_;
+    FloatTables<Value> tables_;
   };
 
   // Widens `count` values.
@@ -72,8 +72,8 @@ struct FloatFormat {
 
   // c (rows, panels kLanes) += a (rows, depth) * b (panels, depth, kLanes).
   static void multiply(const float* a, int64_t, const float* b, int64_t, int64_t rows,
-                       int64_t panels, int depth, float* c, int64_t c_stride) {
-    multiply_by_panels<FloatArithmetic, FloatFormat>(a, b, rows, panels, depth, c, c_stride);
+                       int64_t panels, int depth, int run, float* c, int64_t c_stride) {
+    multiply_by_panels<FloatArithmetic, FloatFormat>(a, b, rows, panels, depth, run, c, c_stride);
   }
 };
 

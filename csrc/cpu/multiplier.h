@@ -68,7 +68,8 @@ class Multiplier {
       kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
 
  public:
-  Multiplier(const Product<Value>& product, int threads) : product_(product), threads_(threads) {
+  Multiplier(const Product<Value>& product, int threads)
+      : product_(product), threads_(threads), run_(run_length(product.depth)) {
     chunks_ = (product.depth + kDepth - 1) / kDepth;
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
     const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
@@ -174,7 +175,7 @@ class Multiplier {
       }
       Format::multiply(weights, kWeights, panels, activation_plane_,
                        round_up(rows, Format::kRowStep), (tokens + kLanes - 1) / kLanes, padded,
-                       sums + group * sum_stride_, sum_stride_);
+                       run_, sums + group * sum_stride_, sum_stride_);
     }
   }
 
@@ -211,7 +212,7 @@ class Multiplier {
       }
     }
     Format::multiply(rows, activation_plane_, weights, kWeights, round_up(tokens, Format::kRowStep),
-                     panels, padded, sums, sum_stride_);
+                     panels, padded, run_, sums, sum_stride_);
   }
 
   // kPair rows of the weight into panels of its columns, where no vector crosses a block's end.
@@ -290,7 +291,7 @@ class Multiplier {
   }
 
   Product<Value> product_;
-  int threads_;
+  int threads_, run_;
   int64_t chunks_, token_step_, output_step_, chunk_elements_, activation_plane_, sum_rows_,
       sum_stride_;
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -172,7 +173,9 @@ class ScaledLevels {
   Ints low_, high_;
 };
 
-// Sixteen floats, looked up by bytes: thirty-two codes at a time.
+// Sixteen floats of a type, looked up by bytes: thirty-two codes at a time. The lower two bytes of
+// a bfloat16, as a float, are zero.
+template <typename Value>
 class FloatTables {
  public:
   static constexpr int kVector = 32;
@@ -180,16 +183,18 @@ class FloatTables {
   FloatTables() = default;
   explicit FloatTables(const float* entries) {
     const ByteTables tables(bits_of(load(entries)), bits_of(load(entries + kLanes)));
-    bytes_[0] = tables.get<0>();
-    bytes_[1] = tables.get<1>();
+    if constexpr (!kIsShort) {
+      bytes_[0] = tables.get<0>();
+      bytes_[1] = tables.get<1>();
+    }
     bytes_[2] = tables.get<2>();
     bytes_[3] = tables.get<3>();
   }
 
   // values[i]: what the bytes 4 i to 4 i + 3 stand for in each half of `codes`.
   void look_up(Ints codes, Floats* values) const {
-    Ints found[4];
-    for (int i = 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(bytes_[i], codes);
+    Ints found[4] = {};
+    for (int i = kIsShort ? 2 : 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(bytes_[i], codes);
     const Ints low_first = _mm256_unpacklo_epi8(found[0], found[1]);
     const Ints high_first = _mm256_unpacklo_epi8(found[2], found[3]);
     const Ints low_last = _mm256_unpackhi_epi8(found[0], found[1]);
@@ -208,19 +213,21 @@ class FloatTables {
   }
 
  private:
+  static constexpr bool kIsShort = std::is_same_v<Value, Bfloat16>;
+
   Ints bytes_[4];
 };
 
 template <>
 class ScaledLevels<float> {
  public:
-  static constexpr int kVector = FloatTables::kVector;
+  static constexpr int kVector = FloatTables<float>::kVector;
 
   ScaledLevels(const float* codebook, float scale) {
     float levels[16];
     store(levels, load(codebook) * broadcast(scale));
     store(levels + kLanes, load(codebook + kLanes) * broadcast(scale));
-    tables_ = FloatTables(levels);
+    tables_ = FloatTables<float>(levels);
   }
 
   template <bool kStream>
@@ -231,7 +238,7 @@ class ScaledLevels<float> {
   }
 
  private:
-  FloatTables tables_;
+  FloatTables<float> tables_;
 };
 
 #else
@@ -330,6 +337,7 @@ class ScaledLevels {
 #if defined(__AVX512BW__) || !defined(__AVX2__)
 
 // Sixteen floats, looked up by the codes of a vector.
+template <typename Value>
 class FloatTables {
  public:
   static constexpr int kVector = kLanes;

@@ -28,16 +28,14 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTilePanels = 2;
 
-// Products that are summed up before they are added to the sums so far. Short sums of short sums
-// are more accurate than one long sum; each time costs as much as one or two more products.
-#if defined(__FMA__)
-constexpr int kRun = 32;
-#else
-constexpr int kRun = 8;  // where products are rounded too
-#endif
+// How many of `depth` products are summed up before they are added to the sums so far: a short sum
+// of short sums is more accurate than one long sum. In runs of r the roundings of the depth / r
+// additions weigh as much as those within the runs where r^3 = depth^2 / 2, and each addition costs
+// as much as one or two more products.
+inline int run_length(int64_t depth) { return depth <= 512 ? 32 : 128; }
 
 // c (kRows, kPanels kLanes) += a (kRows, depth) * b (kPanels, depth, kLanes), laid out as `Layout`
-// says (weight.h), for depth <= kRun.
+// says (weight.h), for the depth of a run.
 template <typename Arithmetic, typename Layout, int kRows, int kPanels>
 inline void multiply_run(const typename Arithmetic::Element* a,
                          const typename Arithmetic::Element* b, int depth, float* c,
@@ -73,28 +71,28 @@ inline void multiply_run(const typename Arithmetic::Element* a,
   }
 }
 
-// The same for any depth.
+// The same for any depth, in runs.
 template <typename Arithmetic, typename Layout, int kRows, int kPanels>
 void multiply_tile(const typename Arithmetic::Element* a, const typename Arithmetic::Element* b,
-                   int depth, float* c, int64_t c_stride) {
-  for (int k = 0; k < depth; k += kRun) {
+                   int depth, int run, float* c, int64_t c_stride) {
+  for (int k = 0; k < depth; k += run) {
     multiply_run<Arithmetic, Layout, kRows, kPanels>(a + k, b + k * kLanes,
-                                                     std::min(kRun, depth - k), c, c_stride);
+                                                     std::min(run, depth - k), c, c_stride);
   }
 }
 
 // As multiply_tile, for any number of rows: the largest tiles first, then halves.
 template <typename Arithmetic, typename Layout, int kPanels, int kRows = kTileRows>
 void multiply_rows(const typename Arithmetic::Element* a, const typename Arithmetic::Element* b,
-                   int64_t rows, int depth, float* c, int64_t c_stride) {
+                   int64_t rows, int depth, int run, float* c, int64_t c_stride) {
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
-    multiply_tile<Arithmetic, Layout, kRows, kPanels>(a + row * Layout::kRowStride, b, depth,
+    multiply_tile<Arithmetic, Layout, kRows, kPanels>(a + row * Layout::kRowStride, b, depth, run,
                                                       c + row * c_stride, c_stride);
   }
   if constexpr (kRows > 1) {
     multiply_rows<Arithmetic, Layout, kPanels, kRows / 2>(
-        a + row * Layout::kRowStride, b, rows - row, depth, c + row * c_stride, c_stride);
+        a + row * Layout::kRowStride, b, rows - row, depth, run, c + row * c_stride, c_stride);
   }
 }
 
@@ -102,14 +100,14 @@ void multiply_rows(const typename Arithmetic::Element* a, const typename Arithme
 template <typename Arithmetic, typename Layout>
 void multiply_by_panels(const typename Arithmetic::Element* a,
                         const typename Arithmetic::Element* b, int64_t rows, int64_t panels,
-                        int depth, float* c, int64_t c_stride) {
+                        int depth, int run, float* c, int64_t c_stride) {
   int64_t panel = 0;
   for (; panel + kTilePanels <= panels; panel += kTilePanels) {
     multiply_rows<Arithmetic, Layout, kTilePanels>(a, b + panel * Layout::kPanelStride, rows, depth,
-                                                   c + panel * kLanes, c_stride);
+                                                   run, c + panel * kLanes, c_stride);
   }
   if (panel < panels) {
-    multiply_rows<Arithmetic, Layout, 1>(a, b + panel * Layout::kPanelStride, rows, depth,
+    multiply_rows<Arithmetic, Layout, 1>(a, b + panel * Layout::kPanelStride, rows, depth, run,
                                          c + panel * kLanes, c_stride);
   }
 }

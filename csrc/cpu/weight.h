@@ -52,6 +52,14 @@ inline Floats rounded<float>(Floats x) {
   return x;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+// Without the way through memory.
+template <>
+inline Floats rounded<Bfloat16>(Floats x) {
+  return float_of(_mm256_and_si256(round_in_place_to_bfloat16(x), broadcast(int32_t{-65536})));
+}
+#endif
+
 // Asks for the codes and scales of a part of a row ahead of their use: parts of rows lie too far
 // from one another for a processor to see what comes next. Outside the weight nothing happens.
 inline void prefetch_row(const Weight& weight, int64_t row, int64_t begin, int64_t count) {
