@@ -222,18 +222,20 @@ class FewTokens {
     }
   }
 
-  // totals (kRows, kTokens) += rows * tokens, over some stretches. Each activation that is loaded
-  // serves all rows.
+  // totals (kRows, kTokens) += rows * tokens, over some stretches, which have a sum of their own: a
+  // short sum of short sums is the most accurate. Each activation that is loaded serves all rows.
   template <int kRows, int kTokens>
   void add_stretches(int64_t first, int64_t begin, int64_t end, const Element* activations,
                      const float* scales, Floats* totals) const {
     constexpr int kBytes = kStretch / 2;
     const int64_t row_bytes = product_.depth / 2, whole = std::min(end, product_.depth / kStretch);
     const uint8_t* packed = product_.weight.packed + first * row_bytes;
+    Floats sums[kRows * kTokens];
+    std::fill(sums, sums + kRows * kTokens, broadcast(0.0f));
     for (int64_t stretch = begin; stretch < whole; ++stretch) {
       const uint8_t* codes = packed + stretch * kBytes;
       for (int row = 0; row < kRows; ++row) prefetch(codes + (row + kRowsAhead) * row_bytes);
-      add_stretch<kRows, kTokens>(codes, row_bytes, stretch, activations, scales, totals);
+      add_stretch<kRows, kTokens>(codes, row_bytes, stretch, activations, scales, sums);
     }
     if (whole < end) {  // the rows end within a stretch
       uint8_t last[kRows][kBytes] = {};
@@ -241,8 +243,9 @@ class FewTokens {
         const uint8_t* rest = packed + row * row_bytes + whole * kBytes;
         std::memcpy(last[row], rest, row_bytes - whole * kBytes);
       }
-      add_stretch<kRows, kTokens>(last[0], kBytes, whole, activations, scales, totals);
+      add_stretch<kRows, kTokens>(last[0], kBytes, whole, activations, scales, sums);
     }
+    for (int i = 0; i < kRows * kTokens; ++i) totals[i] = totals[i] + sums[i];
   }
 
   template <int kRows, int kTokens>
