@@ -159,12 +159,10 @@ def check_bias(bias: Tensor, x: Tensor, features: int, transposed: bool) -> None
 
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    if not _all_are(params, FLOAT_DTYPES):
-        for param in params:
-            check_float("a parameter", param)
-    if not _all_are(grads, FLOAT_DTYPES):
-        for grad in grads:
-            check_float("a gradient", grad)
+    for name, tensors in (("a parameter", params), ("a gradient", grads)):
+        if not _all_are(tensors, FLOAT_DTYPES):
+            for tensor in tensors:
+                check_float(name, tensor)
     _check_shapes("grads", grads, params)
     _check_contiguous("parameters", params)
     if len(set(map(id, params))) < len(params):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_ref.checks import check_gradients, check_moment_scales, check_moments
+from qlora_ref.checks import check_gradients, check_moment_scales, check_moments, check_step
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
 from qlora_ref.paging.counters import PagingReport
 from qlora_ref.paging.layout import Fields
@@ -145,7 +145,9 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
                 self.state[param]["step"] += steps
 
     def _whole(self, params: list[Tensor], group: Options) -> Batch:
-        """The parameters whose state is in memory, which is checked."""
+        """The parameters whose state is in memory. It is checked, and the count of all steps."""
+        for step in {self.state[param]["step"] for param in params}:
+            check_step(step + 1)
         if self._paged is not None:
             params = [param for param in params if param not in self._paged]
         states = [self.state[param] for param in params]
@@ -159,7 +161,9 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         for part in slices:
             found.setdefault(numbers[part.owner], []).append(part)
         for number, members in found.items():
-            self._step_batch(Batch(*zip(*members)), self.param_groups[number])
+            batch, group = Batch(*zip(*members)), self.param_groups[number]
+            _check_states(batch.params, self.fields(group), batch.states)
+            self._step_batch(batch, group)
 
     def _step_batch(self, batch: Batch, group: Options) -> None:
         """Update what belongs to a group: all in one call, if one can take it."""
@@ -261,8 +265,10 @@ def _check_gradients(params: list[Tensor]) -> None:
     check_gradients(params, grads)
 
 
-def _check_states(params: list[Tensor], fields: Fields, states: list[dict[str, Any]]) -> None:
-    """What a step will change: other tensors may have been put there."""
+def _check_states(
+    params: Sequence[Tensor], fields: Fields, states: Sequence[Mapping[str, Any]]
+) -> None:
+    """What a step will change: other tensors may have been put there, or into the parameters."""
     for field in fields:
         tensors: list[Any] = [state.get(field.name) for state in states]
         if field.group == 1:

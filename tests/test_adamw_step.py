@@ -339,7 +339,11 @@ STRIDED = [torch.zeros(600)[::2]]
         ({"params": STRIDED}, ValueError, "parameters are changed in place and must be contig"),
         ({"first_moments": STRIDED}, ValueError, "first_moments are changed in place"),
         ({"second_moments": STRIDED}, ValueError, "second_moments are changed in place"),
-        ({"first_moments": CODES}, TypeError, "first_moments must be torch.float32"),
+        (
+            {"first_moments": CODES},
+            TypeError,
+            "first_moments must be torch.float32, got torch.uint8",
+        ),
         ({"second_moments": [FLOATS[0].half()]}, TypeError, "second_moments must be torch.float32"),
         ({"step": 0}, ValueError, "step counts from 1, got 0"),
         ({"first_absmaxes": FLOATS}, ValueError, "scales without codebooks"),

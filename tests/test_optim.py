@@ -384,3 +384,16 @@ def test_bad_state_stops_the_step_before_any_parameter_moves(
         take_steps(optimizer, range(1, 2))
     assert_same_bits(good, before)
     assert [optimizer.state[param]["step"] for param in (good, bad)] == [1, 1]
+
+
+@pytest.mark.parametrize("count", (torch.tensor(1.0), 1.0))
+def test_a_count_of_steps_that_is_no_int_is_refused(count: Any) -> None:
+    good, bad = parameter(seed=1), parameter(seed=2)
+    optimizer = AdamW([{"params": [good]}, {"params": [bad]}])
+    take_steps(optimizer, range(1))
+    before = good.detach().clone()
+    optimizer.state[bad]["step"] = count
+    with pytest.raises(TypeError, match="step must be an int"):
+        take_steps(optimizer, range(1, 2))
+    assert_same_bits(good, before)
+    assert optimizer.state[good]["step"] == 1 and optimizer.state[bad]["step"] == 1

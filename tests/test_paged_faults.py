@@ -24,7 +24,7 @@ from test_paged import (
     set_gradients,
     take_steps,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_ref import AdamW, torch_library
 
@@ -345,3 +345,16 @@ def test_interrupt_in_a_step_undoes_it(
     for optimizer in pair:
         take_steps(optimizer, range(2, 5))
     assert_same(*pair)
+
+
+@pytest.mark.parametrize("state_bits", (32, 8))
+def test_parameter_that_was_replaced_by_a_smaller_one_is_refused(
+    tmp_path: Path, state_bits: int
+) -> None:
+    param = nn.Parameter(torch.ones(1 << 20))
+    optimizer = paged_adamw([param], tmp_path, state_bits=state_bits)
+    take_steps(optimizer, range(1))
+    param.grad, param.data = None, torch.ones(1 << 19)
+    with pytest.raises(ValueError, match="must have the shapes of params"):
+        take_steps(optimizer, range(1, 2))
+    assert torch.equal(param, torch.ones(1 << 19))
