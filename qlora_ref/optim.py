@@ -80,7 +80,7 @@ class AdamW(StateOptimizer):
         else:
             state += [[], [], None, None]  # neither scales nor codebooks
         options = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step)
-        # Not ops.adamw_step: its checks were made, of all batches before the first one is stepped.
+        # Not ops.adamw_step: StateOptimizer has made its checks, of all groups first.
         torch_library.adamw_step(batch.params, batch.grads, *state, *options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
