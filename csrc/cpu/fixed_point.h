@@ -53,8 +53,8 @@ class FixedPoint {
   // Whether `quantize` may be used.
   bool fits() const { return fits_; }
 
-  // Packs the codes of the kStep values x * factor / kOne, which lie between -1 and 1. Where one of
-  // them falls on a threshold: false, and nothing is packed.
+  // Packs the codes of the kStep values x * factor / kOne, which lie between -1 and 1. False where
+  // one of them falls on a threshold: what was packed is then of no use.
   template <typename Value>
   bool quantize(const Value* x, Floats factor, uint8_t* packed) const {
     // In each half of a vector: the lower bytes of 8 words, then the upper ones.
@@ -72,7 +72,6 @@ class FixedPoint {
     const Ints is_equal = _mm256_cmpeq_epi8(upper, _mm256_shuffle_epi8(upper_, below));
     const Ints rest = _mm256_shuffle_epi8(lower_, below);
     const Ints falls_on = _mm256_cmpeq_epi8(lower, rest);
-    if (__builtin_expect(!_mm256_testz_si256(is_equal, falls_on), 0)) return false;
     const Ints is_above = _mm256_and_si256(is_equal, _mm256_cmpgt_epi8(lower, rest));
     below = _mm256_sub_epi8(below, is_above);  // minus -1
 
@@ -81,7 +80,7 @@ class FixedPoint {
     const __m128i packed_pairs =
         _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(packed_pairs, order_));
-    return true;
+    return _mm256_testz_si256(is_equal, falls_on);
   }
 
  private:
@@ -122,7 +121,7 @@ class FixedPoint {
 
 // Elsewhere float vectors are as fast, or have no such look-ups.
 struct FixedPoint {
-  static constexpr int kStep = 32;
+  static constexpr int kStep = 64;
   static constexpr float kOne = 1.0f;
   explicit FixedPoint(const Decisions<16>&) {}
   static constexpr bool fits() { return false; }

@@ -101,9 +101,13 @@ inline void quantize_vectors(const Value* x, int64_t count, Code code, uint8_t* 
 // scale, and the values are still in the L1 cache. Then how many values lie between those that are
 // asked for and those that are quantised. Measured on Sapphire Rapids and on Zen 3.
 #if defined(__AVX512BW__)
-constexpr int64_t kGroupValues = 4096, kValuesAhead = 12288;
+template <typename Value>
+constexpr int64_t kGroupValues = 4096;
+constexpr int64_t kValuesAhead = 12288;
 #else
-constexpr int64_t kGroupValues = 2048, kValuesAhead = 4096;
+template <typename Value>
+constexpr int64_t kGroupValues = 4096 / sizeof(Value);
+constexpr int64_t kValuesAhead = 4096;
 #endif
 
 // Asks for values ahead of their use. Behind the array's end this reads nothing: it only asks.
@@ -125,7 +129,7 @@ class Quantizer {
   // Blocks `first` to `last` of n values; packed and absmax are those of all.
   void quantize(const Value* x, int64_t n, int64_t block_size, int64_t first, int64_t last,
                 uint8_t* packed, float* absmax) const {
-    const int64_t group = std::max(kGroupValues / block_size, int64_t{1});
+    const int64_t group = std::max(kGroupValues<Value> / block_size, int64_t{1});
     const int64_t whole = std::min(last, n / block_size);
     for (int64_t begin = first; begin < whole; begin += group) {
       const int64_t start = begin * block_size, count = std::min(group, whole - begin);
@@ -147,10 +151,16 @@ class Quantizer {
     for (; blocks > 0; --blocks, x += block_size) *absmax++ = block_absmax(x, block_size);
   }
 
+  // Blocks of one group, or one block that is larger.
   __attribute__((noinline)) void quantize_blocks(const Value* x, int64_t block_size, int64_t blocks,
                                                  const float* absmax, uint8_t* packed) const {
-    if (fixed_point_.fits()) {
-      return quantize_in_fixed_point(x, block_size, blocks, absmax, packed);
+    if (fixed_point_.fits() && block_size >= FixedPoint::kStep) {
+      const int64_t part = std::min(block_size, kGroupValues<Value>);
+      for (int64_t i = 0; i < block_size; i += part) {
+        const int64_t count = std::min(part, block_size - i);
+        quantize_in_fixed_point(x + i, count, blocks, absmax, packed + i / 2);
+      }
+      return;
     }
     for (; blocks > 0; --blocks, x += block_size, packed += block_size / 2) {
       prefetch_values(x, block_size);
@@ -158,24 +168,42 @@ class Quantizer {
     }
   }
 
+  // Blocks of one group, of at least kStep values, or a part of a larger block.
   void quantize_in_fixed_point(const Value* x, int64_t block_size, int64_t blocks,
                                const float* absmax, uint8_t* packed) const {
     constexpr int kStep = FixedPoint::kStep;
-    const FixedPoint& fixed_point = fixed_point_;
-    const int64_t rest = block_size % kStep, stepped = block_size - rest;
-    for (; blocks > 0; --blocks, x += block_size, packed += block_size / 2, ++absmax) {
-      // A power of two more changes no rounding, unless it overflows.
-      const float factor = 1.0f / *absmax * FixedPoint::kOne;
-      if (!(factor > 0.0f) || std::isinf(factor)) {
-        quantize_seldom(x, block_size, *absmax, packed);
-        continue;
+    constexpr int64_t kSteps = kGroupValues<Value> / kStep;
+    static_assert(kSteps <= 64);
+    const int64_t steps = block_size / kStep, rest = block_size % kStep;
+    // Several quotients in one instruction, and no block waits for its own. A power of two more
+    // changes no rounding, unless it overflows.
+    float factors[kSteps];
+    for_each_vector(blocks, [&](int64_t i, auto part) {
+      store(factors + i, broadcast(1.0f) / load(absmax + i, part) * broadcast(FixedPoint::kOne),
+            part);
+    });
+    // A copy, and no call in the loop, so that its tables stay in registers.
+    const FixedPoint fixed_point = fixed_point_;
+    uint64_t is_left = 0;  // a bit for each step
+    int step = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float factor = factors[block];
+      const bool is_usual = factor > 0.0f && !std::isinf(factor);
+      for (int64_t i = 0; i < steps; ++i, ++step) {
+        const int64_t start = block * block_size + i * kStep;
+        prefetch_values(x + start, kStep);
+        const bool is_done = fixed_point.quantize(x + start, broadcast(factor), packed + start / 2);
+        is_left |= uint64_t{!(is_done && is_usual)} << step;
       }
-      for (int64_t i = 0; i < stepped; i += kStep) {
-        prefetch_values(x + i, kStep);
-        const bool is_done = fixed_point.quantize(x + i, broadcast(factor), packed + i / 2);
-        if (!is_done) quantize_seldom(x + i, kStep, *absmax, packed + i / 2);
-      }
-      if (rest > 0) quantize_seldom(x + stepped, rest, *absmax, packed + stepped / 2);
+    }
+    for (; is_left != 0; is_left &= is_left - 1) {
+      const int64_t step = __builtin_ctzll(is_left), block = step / steps;
+      const int64_t start = block * block_size + step % steps * kStep;
+      quantize_seldom(x + start, kStep, absmax[block], packed + start / 2);
+    }
+    for (int64_t block = 0; rest > 0 && block < blocks; ++block) {
+      const int64_t start = block * block_size + steps * kStep;
+      quantize_seldom(x + start, rest, absmax[block], packed + start / 2);
     }
   }
 
