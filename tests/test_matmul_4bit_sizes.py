@@ -96,6 +96,17 @@ def test_long_sums_of_one_sign(transposed: bool, tokens: int, device: str) -> No
     assert_is_accurate(x, weight, dense, device, transposed)
 
 
+# Halfway between two bfloat16 numbers, and all of them are rounded down: where levels are rounded
+# instead of weights, errors of one sign add up.
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_levels_far_from_bfloat16(tokens: int, device: str) -> None:
+    weight, _ = large_weight(16, 4096, 64)
+    weight.codebook.copy_((1 + 2.0**-8) * 2.0 ** -torch.arange(16.0))
+    dense = dequantize_4bit(weight.packed, weight.absmax, weight.codebook, 64, (16, 4096))
+    x = normal(tokens, 4096, seed=3, dtype=torch.bfloat16).abs()
+    assert_is_accurate(x, weight, dense, device)
+
+
 @pytest.mark.threads
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -26,7 +26,7 @@ template <typename Value>
 using BestFormat = FloatFormat<Value>;
 template <typename Value>
 #if defined(__AVX2__) && !defined(__AVX512BW__)
-using BestSteps = ByteSteps;
+using BestSteps = ByteSteps<Value>;
 #else
 using BestSteps = FloatSteps;
 #endif
@@ -82,10 +82,10 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
     using Format = BestFormat<Value>;
     using Steps = BestSteps<Value>;
     if (!transposed && tokens <= kFewest<Value>) {
-      if (FewTokens<Steps, Value>::fits(weight)) {
+      if (Steps::suits(codebook) && FewTokens<Steps, Value>::fits(weight)) {
         return int{FewTokens<Steps, Value>(product, threads).run()};
       }
-      if constexpr (Steps::kLeastBlock > FloatSteps::kLeastBlock) {
+      if constexpr (!std::is_same_v<Steps, FloatSteps>) {
         if (FewTokens<FloatSteps, Value>::fits(weight)) {
           return int{FewTokens<FloatSteps, Value>(product, threads).run()};
         }
