@@ -280,15 +280,16 @@ class FewTokens {
   template <int kRows, int kTokens>
   void add_stretch(const uint8_t* packed, int64_t row_bytes, int64_t stretch,
                    const Element* activations, const float* scales, Floats* totals) const {
+    // A single sum would wait for itself in each step.
+    constexpr int kChains = kRows * kTokens == 1 ? 2 : 1;
     Ints codes[kRows];
-    Floats sums[kRows][kTokens];
+    Floats sums[kChains][kRows][kTokens];
 #pragma GCC unroll 2
     for (int row = 0; row < kRows; ++row) {
       std::memcpy(&codes[row], packed + row * row_bytes, sizeof(Ints));
       codes[row] = in_register(codes[row]);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sums[row][t] = broadcast(0.0f);
     }
+    std::fill(sums[0][0], sums[0][0] + kChains * kRows * kTokens, broadcast(0.0f));
     const Element* x = activations + stretch * kTokens * kStretch;
 #pragma GCC unroll 8
     for (int step = 0; step < Steps::kSteps; step += Steps::kTogether) {
@@ -303,7 +304,8 @@ class FewTokens {
           if (kRows > 1) lanes = in_register(lanes);
 #pragma GCC unroll 2
           for (int row = 0; row < kRows; ++row) {
-            sums[row][t] = Steps::multiply_add(weights[row][i], lanes, sums[row][t]);
+            Floats& sum = sums[i % kChains][row][t];
+            sum = Steps::multiply_add(weights[row][i], lanes, sum);
           }
         }
       }
@@ -315,7 +317,8 @@ class FewTokens {
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         Floats& total = totals[row * kTokens + t];
-        total = fused_multiply_add(sums[row][t], scale, total);
+        const Floats sum = kChains == 2 ? sums[0][row][t] + sums[1][row][t] : sums[0][row][t];
+        total = fused_multiply_add(sum, scale, total);
       }
     }
   }
