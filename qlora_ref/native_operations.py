@@ -119,7 +119,7 @@ class Operations:
         y = self._new((*leading, columns if transposed else rows), x.dtype, x)
         scales = (absmax, nested_absmax, nested_codebook, offset)
         weight = (packed, *scales, codebook, block_size, rows, columns)
-        typed = (x, DTYPES[x.dtype], tokens)
+        typed = (x.contiguous(), DTYPES[x.dtype], tokens)
         plan = self._matmul_plan(x, tokens, packed, block_size, rows, columns, transposed)
         self._call("matmul_4bit", x.device, *typed, *weight, bias, int(transposed), y, *plan)
         return y
@@ -171,6 +171,11 @@ class Operations:
                 raise ValueError(
                     f"expected a contiguous tensor on the {self._place}, got one on "
                     f"{value.device} with strides {value.stride()}"
+                )
+            if value.is_neg() or value._is_zerotensor():
+                raise ValueError(
+                    "expected a tensor that holds its values, got one that negates or makes them "
+                    "when they are read; call .resolve_neg() or .clone() on it"
                 )
             return value.data_ptr()
         return self._addresses(value) if isinstance(value, list) else value

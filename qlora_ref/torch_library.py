@@ -224,7 +224,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody looks on who must see an operator: no subclass but Parameter, no meta
-    tensor, mode, transform or lazy negation (which the dispatcher carries out).
+    tensor, mode, transform, lazy negation or lazy zeros (which the dispatcher carries out).
 
     The way through PyTorch's dispatcher to Python and back takes longer than a small product.
     """
@@ -232,6 +232,7 @@ def _is_plain(x: Tensor) -> bool:
         type(x) in _PLAIN_TYPES
         and not x.is_meta
         and not x.is_neg()
+        and not x._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -51,6 +51,11 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda *tensors: ops.dequantize_8bit(*tensors, 64, torch.float16),
         [CODES, SCALES, DYNAMIC],
     ),
+    "matmul_4bit": (
+        lambda *tensors: ops.matmul_4bit(*tensors, 64, (1, N)),
+        # Small whole numbers, whose sums are exact in any order.
+        [normal(N).round(), PACKED, torch.arange(1.0, BLOCKS + 1), torch.arange(16) - 8.0],
+    ),
     "adamw_step": (step, [normal(N, seed=seed).abs() for seed in range(4)]),
     "adamw_step 8-bit": (
         step_8bit,
@@ -121,6 +126,21 @@ def test_a_view_that_negates_lazily_is_negated() -> None:
     weight = (random_bytes(32), torch.ones(1), NF4, 64, (8, 8))
     negated = ops.matmul_4bit(torch._neg_view(x[:8]), *weight)
     assert_same_bits(negated, ops.matmul_4bit(-x[:8], *weight))
+
+
+def test_zeros_without_memory_are_zeros() -> None:
+    weight = (random_bytes(32), torch.ones(1), NF4, 64, (8, 8))
+    zeros = torch._efficientzerotensor((1, 8))  # what autograd makes of gradients that are zero
+    assert_same_bits(ops.matmul_4bit(zeros, *weight), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("lazy", [torch._neg_view, lambda t: torch._efficientzerotensor(t.shape)])
+@pytest.mark.parametrize("number", [2, 3])  # of scales and codebook
+def test_a_weight_must_hold_its_values(number: int, lazy: Callable[[Tensor], Tensor]) -> None:
+    arguments: list[Any] = [normal(8), random_bytes(32), torch.ones(1), NF4, 64, (8, 8)]
+    arguments[number] = lazy(arguments[number])
+    with pytest.raises(ValueError, match="holds its values"):
+        ops.matmul_4bit(*arguments)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -240,6 +260,9 @@ def test_nothing_gives_nothing(name: str) -> None:
     function, tensors = CASES[name]
     if name == "dequantize_4bit":
         assert ops.dequantize_4bit(PACKED[:0], SCALES[:0], NF4, 64, (3, 0)).shape == (3, 0)
+        return
+    if name == "matmul_4bit":
+        assert function(tensors[0].expand(2, 0, N), *tensors[1:]).shape == (2, 0, 1)
         return
     empty = [tensor[:0] if len(tensor) not in (16, 256) else tensor for tensor in tensors]
     assert all(result.numel() == 0 for result in results_of(function, empty))
