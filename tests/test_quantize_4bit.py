@@ -152,6 +152,9 @@ UNEVEN = {
     "crowded": (torch.arange(16) - 7) / 100,
     "wide": (torch.arange(16) - 7) / 3,
     "three in an eighth": torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.53, 0.56, 0.59] + [1.0] * 9),
+    "infinite": torch.cat(
+        [torch.tensor([-math.inf]), torch.linspace(-1, 1, 14), torch.tensor([math.inf])]
+    ),
     "two in a 128th": torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.502, 0.504] + [1.0] * 10),
 }
 

@@ -30,7 +30,7 @@ class FixedPoint {
     upper.fill(-128);  // with these as well
     lower.fill(127);
     for (int i = 0; i < 15; ++i) {
-      if (std::isinf(decisions.thresholds[i])) continue;
+      if (!(decisions.thresholds[i] < std::numeric_limits<float>::infinity())) continue;
       const float threshold = std::clamp(decisions.thresholds[i] * kOne, -0x1p15f, 32767.f);
       const int scaled = static_cast<int>(std::nearbyint(threshold));
       upper[i] = static_cast<int8_t>(scaled >> 8);
