@@ -61,7 +61,10 @@ def instruction_set() -> str:
         available = native.available_isas(native.FOLDER)
     except native.BackendUnavailable as unavailable:
         return f"none: {unavailable}"
-    return f"{forced_isa() or available[-1]}, of {', '.join(available)}"
+    isa = forced_isa() or available[-1]
+    if isa not in available:
+        isa += " is forced and does not run here"
+    return f"{isa}, of {', '.join(available)}"
 
 
 def _serves(operation: str, device: str) -> dict[str, Any]:
@@ -71,7 +74,10 @@ def _serves(operation: str, device: str) -> dict[str, Any]:
 
 def _advice() -> list[str]:
     advice = []
-    if explain("quantize_4bit").reasons["cpu"] not in ("runs", "reference is forced"):
+    available: tuple[str, ...] = ()
+    try:
+        available = native.available_isas(native.FOLDER)
+    except native.BackendUnavailable:
         has_compiler = any(shutil.which(tool) for tool in ("g++", "clang++", "c++"))
         advice.append(
             "the C++ kernels are not there: "
@@ -79,6 +85,8 @@ def _advice() -> list[str]:
         )
     if installed_version("transformers") is None:
         advice.append("to fine-tune: pip install 'qlora_ref[train]'")
+    if available and (isa := forced_isa()) is not None and isa not in available:
+        advice.append(f"{isa} does not run here; unset QLORA_REF_ISA for {available[-1]}")
     if (forced := forced_backend()) is not None:
         advice.append(f"{forced} is forced; unset QLORA_REF_BACKEND for the default")
     return advice

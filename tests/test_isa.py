@@ -15,7 +15,7 @@ import pytest
 import torch
 from native_program import NF4, ROOT
 
-from qlora_ref import dispatch, native, ops
+from qlora_ref import dispatch, doctor, native, ops
 from qlora_ref.dispatch import explain, force_backend, force_isa
 
 QUANTIZE = ("quantize_4bit", torch.device("cpu"))
@@ -125,6 +125,11 @@ def test_what_the_build_lacks_raises_and_never_falls_back(
             ops.quantize_4bit(torch.zeros(64), NF4)
         assert explain("quantize_4bit").backend is None
         assert explain("quantize_4bit").reasons["cpu"] == reason
+        facts = doctor.diagnose()
+        assert (
+            facts["machine"]["c++ kernels"] == "avx2 is forced and does not run here, of baseline"
+        )
+        assert "avx2 does not run here; unset QLORA_REF_ISA for baseline" in facts["advice"]
     assert library_of(dispatch.select(*QUANTIZE)) == "libqlora_cpu_baseline.so"
 
 
@@ -162,6 +167,10 @@ def test_without_a_library_the_reference_runs_and_the_reason_is_told(
     explanation = explain("quantize_4bit")
     assert explanation.backend == "reference"
     assert "install a C++ compiler and reinstall" in explanation.reasons["cpu"]
+    facts = doctor.diagnose()
+    assert facts["machine"]["c++ kernels"].startswith("none: no compiled library")
+    assert facts["operations"]["cpu"]["quantize_4bit"]["backend"] == "reference"
+    assert facts["advice"][0].startswith("the C++ kernels are not there: ")
     assert dispatch.select(*QUANTIZE).__module__ == "qlora_ref.reference.quantize_4bit"
     with force_isa("baseline"), pytest.raises(native.BackendUnavailable, match="is forced but"):
         dispatch.select(*QUANTIZE)
