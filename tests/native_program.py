@@ -161,6 +161,18 @@ def _as_array(content: bytes) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8)
 
 
+def all_products(cpu: Any) -> list[Tensor]:
+    """Products with few tokens and with many, forward and transposed, of one seeded weight."""
+    weight = random_weight(300, 320, 64)
+    layout = (weight.packed, weight.absmax, weight.codebook, weight.block_size, weight.shape)
+    return [
+        cpu.matmul_4bit(
+            normal(tokens, 300 if transposed else 320), *layout, None, transposed, *[None] * 3
+        )
+        for tokens, transposed in itertools.product((1, 40), (False, True))
+    ]
+
+
 def all_results(cpu: Any, n: int = MANY) -> list[Tensor]:
     """What the bit-exact operations make of seeded arguments of n values; all but matmul_4bit."""
     x = normal(n)

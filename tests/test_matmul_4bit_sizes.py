@@ -107,16 +107,25 @@ def test_levels_far_from_bfloat16(tokens: int, device: str) -> None:
     assert_is_accurate(x, weight, dense, device)
 
 
+# In long sums, how many of 300 tokens are worked on at a time depends on the number of threads.
 @pytest.mark.threads
-@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("tokens,outputs,depth", [(1, 300, 512), (8, 300, 512), (300, 16, 8192)])
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(
-    transposed: bool, tokens: int, backend: str, device: str
+    dtype: torch.dtype,
+    transposed: bool,
+    tokens: int,
+    outputs: int,
+    depth: int,
+    backend: str,
+    device: str,
 ) -> None:
     if backend == "reference":
         pytest.skip("the reference multiplies in torch, which splits one token's sums by threads")
-    weight, _ = large_weight(300, 512, 64)
-    x, results = normal(tokens, 300 if transposed else 512, seed=3).to(device), []
+    weight, _ = large_weight(*((depth, outputs) if transposed else (outputs, depth)), 64)
+    x = normal(tokens, depth, seed=3, dtype=dtype).to(device)
+    results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):

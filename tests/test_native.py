@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import DTYPES, assert_same_bits, normal, round_to
-from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_results
+from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_products, all_results
 from torch import Tensor
 
 from qlora_ref import dispatch, native
@@ -219,9 +219,12 @@ def test_results_do_not_depend_on_the_number_of_threads(cpu: CpuOperations) -> N
 
 
 def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:
-    expected = all_results(cpu)
+    def run(_: int = 0) -> list[torch.Tensor]:
+        return all_results(cpu) + all_products(cpu)
+
+    expected = run()
     with ThreadPoolExecutor(4) as pool:
-        for results in pool.map(lambda _: all_results(cpu), range(12)):
+        for results in pool.map(run, range(12)):
             assert_all_same(results, expected)
 
 
@@ -232,9 +235,11 @@ import torch
 from qlora_ref import codebooks, native
 native.FOLDER = Path(sys.argv[1])
 torch.set_num_threads(2)
-quantize = native.load("cpu", "quantize_4bit")
+quantize, multiply = (native.load("cpu", f"{name}_4bit") for name in ("quantize", "matmul"))
 table, x = codebooks.nf4_codebook(), torch.ones(10**6)
-packed, _ = quantize(x, table, 64)  # wakes the OpenMP threads
+packed, absmax = quantize(x, table, 64)  # wakes the OpenMP threads
+weight = (packed, absmax, table, 64, (1000, 1000), None, False, None, None, None)
+y = multiply(x[:8000].view(8, 1000), *weight)
 x.exp()                             # and torch's, were they others
 """
 
@@ -246,7 +251,8 @@ child = os.fork()
 if child == 0:
     signal.alarm(20)  # libgomp would wait for ever for the threads that stayed with the parent
     again, _ = quantize(x, table, 64)
-    os._exit(0 if bytes(packed.numpy()) == bytes(again.numpy()) else 1)
+    pairs = (packed, again), (y, multiply(x[:8000].view(8, 1000), *weight))
+    os._exit(0 if all(bytes(a.numpy()) == bytes(b.numpy()) for a, b in pairs) else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run_python(SCRIPT + fork, str(fresh_folder)) == "0"
