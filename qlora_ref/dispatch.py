@@ -2,8 +2,8 @@
 
 Each operation exists up to four times under one contract: `reference` (torch), `cpu` (C++),
 `triton` and `cuda`. The first one that is there, and can work where the tensors are, runs. A
-backend that was forced runs or raises: it never falls back. This is the only reader of
-environment variables.
+backend that was forced runs or raises: it never falls back. This is the only reader of the
+environment variables that force one.
 """
 
 from __future__ import annotations

@@ -195,12 +195,12 @@ def matmul_4bit(
     offset           float32 ()
     returns          dtype of x (..., N)             (..., K) when transposed
 
-    W is restored as by `dequantize_4bit`, in float32 or rounded once to the dtype of x (for a few
-    bfloat16 tokens its levels are, before they are scaled); products are summed in float32, the
-    bias is added in float32, the sum is rounded once. The error against
+    W is restored as by `dequantize_4bit`, in float32 or rounded once to the dtype of x; products
+    are summed in float32, the bias is added in float32, the sum is rounded once. The error against
     the float64 product with the float32 W is at most twice that of `torch.matmul` with the W of
     `dequantize_4bit` in the dtype of x; where CUDA's tensor cores multiply many tokens, levels and
-    scales are rounded to that dtype as well, and it is at most three times that error.
+    scales are rounded to that dtype as well (levels alone where AVX-512 BF16 multiplies few), and it
+    is at most three times that error.
     Differentiable, any number of times, with respect to x and bias; `torch.func.vmap` works over x.
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.

@@ -38,7 +38,8 @@ struct InFloat {
 // all weights of a level then have the same error. In units of 2^-8, the relative error of a number
 // rounded to bfloat16 is 0.4 (root mean square), that of the result among them. With up to 0.6 for
 // the levels, a sum of one sign, in which these errors add up, stays within twice the error it has
-// with rounded weights, which average out: (0.6^2 + 0.4^2)^(1/2) < 2 * 0.4.
+// with rounded weights, which average out: (0.6^2 + 0.4^2)^(1/2) < 2 * 0.4. That is for weights
+// spread over the levels; with all of them at the worst one it is (1 + 0.4^2)^(1/2) / 0.4 < 3.
 inline bool levels_suit_bfloat16(const float* codebook) {
   float squares = 0.0f, levels = 0.0f;
   for (int i = 0; i < 16; ++i) {
@@ -101,26 +102,16 @@ struct PairSteps {
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512BW__)
-// In float, looked up by bytes: all even codes of the stretch, then the odd ones. Of bfloat16 there
-// are half as many bytes.
-template <typename Value>
+// In float, looked up by bytes: all even codes of the stretch, then the odd ones.
 struct ByteSteps : InFloat {
   static constexpr int kTogether = 4;
   static constexpr int kLeastBlock = 32;
   static constexpr int kFew = 8, kRows = 1;
   static constexpr int kMost = 2 * kFew - 1;  // whole panels of tokens suit a Multiplier
 
-  using Level = std::conditional_t<std::is_same_v<Value, Bfloat16>, Bfloat16, float>;
-  FloatTables<Level> tables;
+  FloatTables<float> tables;
 
-  explicit ByteSteps(const float* codebook) {
-    float levels[16];
-    for (int i = 0; i < 16; i += kLanes) store(levels + i, rounded<Level>(load(codebook + i)));
-    tables = FloatTables<Level>(levels);
-  }
-  static bool suits(const float* codebook) {
-    return std::is_same_v<Level, float> || levels_suit_bfloat16(codebook);
-  }
+  explicit ByteSteps(const float* codebook) : tables(codebook) {}
   static int place(int step, int lane) {
     const int byte = lane / 4 * 16 + step % 4 * 4 + lane % 4;
     return 2 * byte + step / 4;

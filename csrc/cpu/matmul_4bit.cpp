@@ -26,7 +26,7 @@ template <typename Value>
 using BestFormat = FloatFormat<Value>;
 template <typename Value>
 #if defined(__AVX2__) && !defined(__AVX512BW__)
-using BestSteps = ByteSteps<Value>;
+using BestSteps = ByteSteps;
 #else
 using BestSteps = FloatSteps;
 #endif

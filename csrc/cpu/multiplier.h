@@ -17,8 +17,9 @@
 namespace qlora {
 
 // Tokens that are worked on at a time: as many as fit into 4 MiB for each thread, in the order of
-// the inner loop, and no more than this. With the weights and the sums that a thread needs besides,
-// that stays below 8 MiB for each thread.
+// the inner loop, and no more than this, but at least a panel. With the weights and the sums that a
+// thread needs besides, that stays below 8 MiB for each thread, unless sums have more terms than
+// 32,768.
 constexpr int64_t kMostTokens = 1024;
 constexpr int64_t kActivationBytes = int64_t{4} << 20;
 
