@@ -303,3 +303,37 @@ def test_sparse_tensors_are_refused() -> None:
 def test_other_steps_are_refused(number: object, error: type) -> None:
     with pytest.raises(error, match="step"):
         step(*[normal(N).abs() for _ in range(4)], step=number)
+
+
+# More than 2^31 values, of which the last block tells whether an offset has overflowed.
+
+
+@pytest.mark.slow
+def test_more_values_than_an_int_can_count() -> None:
+    n, tail = 2**31 + 64, normal(64, dtype=torch.bfloat16)
+
+    def many() -> Tensor:  # each time anew: less than 7 GB at a time
+        x = torch.zeros(n, dtype=torch.bfloat16)
+        x[-64:] = tail
+        return x
+
+    expected = ops.quantize_4bit(tail, NF4)
+    packed, absmax = ops.quantize_4bit(many(), NF4)
+    assert_same_bits(packed[-32:], expected[0])
+    assert_same_bits(absmax[-1:], expected[1])
+    restored = ops.dequantize_4bit(*expected, NF4, 64, (64,), torch.float32)
+    y = ops.dequantize_4bit(packed, absmax, NF4, 64, (n,), torch.bfloat16)
+    assert_same_bits(y[-64:], restored.bfloat16())
+    del y
+    for tokens in (1, 20):
+        columns = torch.eye(tokens, 64)  # the first token picks the first column
+        product = ops.matmul_4bit(columns, packed, absmax, NF4, 64, (n // 64, 64))
+        assert_same_bits(product[0, -1:], restored[:1])
+        del product
+    del packed, absmax
+
+    expected = ops.quantize_8bit(tail, DYNAMIC)
+    codes, absmax = ops.quantize_8bit(many(), DYNAMIC)
+    assert_same_bits(codes[-64:], expected[0])
+    y = ops.dequantize_8bit(codes, absmax, DYNAMIC, dtype=torch.bfloat16)
+    assert_same_bits(y[-64:], ops.dequantize_8bit(*expected, DYNAMIC, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ inline Ints broadcast(int32_t x) { return Ints{x, x, x, x}; }
 inline Ints bits_of(Floats x) { return reinterpret_cast<Ints>(x); }
 inline Floats float_of(Ints bits) { return reinterpret_cast<Floats>(bits); }
 
-// a * b + c; with one rounding only where the processor has an instruction for it.
+// a * b + c, with two roundings: -ffp-contract=off.
 inline Floats fused_multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
 inline Ints shift_right(Ints x, int bits) {
