@@ -199,7 +199,7 @@ def matmul_4bit(
     are summed in float32, the bias is added in float32, the sum is rounded once. The error against
     the float64 product with the float32 W is at most twice that of `torch.matmul` with the W of
     `dequantize_4bit` in the dtype of x; where CUDA's tensor cores multiply many tokens, levels and
-    scales are rounded to that dtype as well (levels alone where AVX-512 BF16 multiplies few), and it
+    scales are rounded to that dtype as well, levels alone where AVX-512 BF16 multiplies few, and it
     is at most three times that error.
     Differentiable, any number of times, with respect to x and bias; `torch.func.vmap` works over x.
 
