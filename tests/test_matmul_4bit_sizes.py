@@ -150,6 +150,20 @@ def test_tokens_of_any_size_keep_their_accuracy(transposed: bool, size: float, d
     assert_error_at_most_twice_torch(y, linear(x[::2], dense.t() if transposed else dense), exact)
 
 
+# Tokens that overflow, or lose bits, if they are multiplied by levels before these are scaled.
+@pytest.mark.parametrize("size,scale", [(1e38, 1e-3), (1e-42, 1e6)])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_scales_that_make_up_for_the_tokens(
+    tokens: int, size: float, scale: float, device: str
+) -> None:
+    weight, _ = large_weight(16, 256, 64)
+    weight.absmax.mul_(scale)
+    dense = dequantize_4bit(weight.packed, weight.absmax, weight.codebook, 64, (16, 256))
+    x = normal(tokens, 256, seed=3).abs() * size
+    x.clamp_(max=3e38)
+    assert_is_accurate(x, weight, dense, device)
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_infinities_and_nan_stay_in_their_token(transposed: bool, tokens: int, device: str) -> None:

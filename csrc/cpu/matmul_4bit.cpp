@@ -40,13 +40,14 @@ using BestSteps = FloatSteps;
 template <typename Value>
 constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : BestSteps<Value>::kMost;
 
-// Tiles take numbers below 2^-126 for zero, and the last plane of a float is 2^-18 of it or less:
-// that a product keeps the accuracy of floats takes tokens well above.
+// Few tokens are multiplied by levels before these are scaled, and those sums must neither overflow
+// nor lose bits below 2^-126. Tiles take numbers below that for zero, and the last plane of a float
+// is 2^-18 of it or less.
 template <typename Value>
-bool has_tiny_token(const Product<Value>& product) {
+bool has_extreme_token(const Product<Value>& product) {
   for (int64_t token = 0; token < product.tokens; ++token) {
     const float largest = largest_magnitude(product.x + token * product.depth, product.depth);
-    if (largest > 0 && largest < 0x1p-60f) return true;
+    if (largest > 0 && !(largest >= 0x1p-60f && largest <= 0x1p110f)) return true;
   }
   return false;
 }
@@ -81,7 +82,7 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
     if (tokens == 0 || product.outputs == 0) return int{kOk};
     using Format = BestFormat<Value>;
     using Steps = BestSteps<Value>;
-    if (!transposed && tokens <= kFewest<Value>) {
+    if (!transposed && tokens <= kFewest<Value> && !has_extreme_token(product)) {
       if (Steps::suits(codebook) && FewTokens<Steps, Value>::fits(weight)) {
         return int{FewTokens<Steps, Value>(product, threads).run()};
       }
@@ -91,7 +92,7 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
         }
       }
     }
-    if (Format::kPlanes > 1 && has_tiny_token(product)) {
+    if (Format::kPlanes > 1 && has_extreme_token(product)) {
       return int{multiply<FloatFormat<Value>>(product, transposed, threads)};
     }
     return int{multiply<Format>(product, transposed, threads)};
