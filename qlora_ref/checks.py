@@ -1,12 +1,18 @@
 """The checks of an operation's arguments: what was expected, what came, the way out.
 
-They look at shapes and dtypes alone, so that they cost microseconds and `torch.compile` can trace
-through them. What depends on values (is every weight finite?) is checked inside the operators.
+But for `check_memory`, they look at shapes and dtypes alone, so that they cost microseconds and
+`torch.compile` can trace through them. What depends on values (is every weight finite?) is checked
+inside the operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import ctypes
+import itertools
+import os
+from array import array
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, eq
 
 import torch
@@ -15,6 +21,8 @@ from torch import Tensor
 from qlora_ref.codebooks import CODES_4BIT, CODES_8BIT, DYNAMIC_BLOCK_SIZE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_MOST_VECTORS = 1024  # of one readv
 
 _INTEGERS = (int, torch.SymInt)
 _shape = attrgetter("shape")
@@ -199,6 +207,47 @@ def _check_shapes(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]
 def _check_contiguous(name: str, tensors: Sequence[Tensor]) -> None:
     if not all(map(Tensor.is_contiguous, tensors)):
         raise ValueError(f"{name} are changed in place and must be contiguous")
+
+
+def check_memory(changed: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
+    """What is changed in place can be written, and shares no memory with anything else here.
+
+    changed  contiguous tensors in the memory of this process (torch_library.has_memory)
+    read     such tensors, too; each may also be one of those that are changed
+    """
+    spans = sorted(map(_span, filter(Tensor.numel, changed)))
+    for (_, end), (begin, _) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError("tensors that are changed in place share memory: clone one of them")
+    for start, stop in set(map(_span, filter(Tensor.numel, read))) - set(spans):
+        after = bisect.bisect(spans, (start, stop))
+        neighbours = spans[max(after - 1, 0) : after + 1]
+        if any(begin < stop and start < end for begin, end in neighbours):
+            raise ValueError("a gradient shares memory with what is changed in place: clone it")
+    if os.name == "posix" and not _can_write([begin for begin, _ in spans]):
+        raise ValueError("a tensor to change in place lies in read-only memory: clone it")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _can_write(addresses: Sequence[int]) -> bool:
+    """Writes the bytes that are there by a system call, which fails where a store would end us."""
+    readv = ctypes.CDLL(None).readv
+    reader, writer = os.pipe()
+    try:
+        for start in range(0, len(addresses), _MOST_VECTORS):
+            some = addresses[start : start + _MOST_VECTORS]
+            os.write(writer, b"".join(ctypes.string_at(address, 1) for address in some))
+            vectors = array("Q", [word for address in some for word in (address, 1)])
+            place = ctypes.c_void_p(vectors.buffer_info()[0])
+            if readv(reader, place, len(some)) != len(some):
+                return False
+        return True
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def check_absmaxes(

@@ -25,6 +25,7 @@ from qlora_ref.checks import (
     check_features,
     check_float,
     check_gradients,
+    check_memory,
     check_moments,
     check_nested,
     check_one_device,
@@ -265,8 +266,7 @@ def adamw_step(
     second_codebook  float32 (256,) or None         dynamic_codebook(signed=False)
     step             int, >= 1                      number of this step
 
-    What is changed in place lies in memory that can be written, and no two of these tensors share
-    any: neither can be seen here at a small cost, and what comes out then is not defined.
+    A gradient may be one of the tensors that are changed; otherwise no two of them share memory.
 
     Everything is float32, in the order of the formula, without fused multiply-adds; s, c and the
     factors of the betas are worked out in float64 and rounded once, p is rounded once to its
@@ -274,7 +274,8 @@ def adamw_step(
     blocks of 256. Where gradient and moments are 0, p only decays, given
     eps > 0 (0 / 0 otherwise).
 
-    Raises TypeError for dtypes, ValueError for sizes and for a parameter that is listed twice.
+    Raises TypeError for dtypes, ValueError for sizes, for a parameter that is listed twice, and, on
+    the CPU, for memory that is shared or cannot be written.
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; 8-bit: Dettmers et al. (arXiv
     2110.02861).
     """
@@ -286,6 +287,9 @@ def adamw_step(
     check_moments(params, first_moments, "first_moments", dtype)
     check_moments(params, second_moments, "second_moments", dtype)
     check_step(step)
+    changed = [*params, *first_moments, *second_moments, *first_absmaxes, *second_absmaxes]
+    here = [grad for grad in grads if _library.has_memory(grad) and grad.is_contiguous()]
+    check_memory(filter(_library.has_memory, changed), here)
     if params:
         _library.adamw_step(
             params,

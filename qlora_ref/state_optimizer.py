@@ -15,10 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_ref.checks import check_gradients, check_moment_scales, check_moments, check_step
+from qlora_ref.checks import (
+    check_gradients,
+    check_memory,
+    check_moment_scales,
+    check_moments,
+    check_step,
+)
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES, PagedState, Slice, is_large
 from qlora_ref.paging.counters import PagingReport
 from qlora_ref.paging.layout import Fields
+from qlora_ref.torch_library import has_memory
 
 STATE_BITS = (32, 8)
 Options = dict[str, Any]
@@ -132,6 +139,8 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
             for param in params
             if not self.state.get(param)
         ]
+        if new:
+            check_memory(p for params in trained for p in params if has_memory(p))
         large = {param for param, fields in new if self._paged and is_large(param, fields)}
         zeros = {param: _zero_state(param, fields) for param, fields in new if param not in large}
         if self._paged is not None:

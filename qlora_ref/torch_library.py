@@ -236,3 +236,8 @@ def _is_plain(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor's values lie where its address says, in the memory of this process."""
+    return not torch.compiler.is_compiling() and x.is_cpu and _is_plain(x)

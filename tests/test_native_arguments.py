@@ -17,7 +17,7 @@ from compare import assert_same_bits, normal, random_bytes
 from native_program import DYNAMIC, DYNAMIC_UNSIGNED, NF4
 from torch import Tensor
 
-from qlora_ref import ops
+from qlora_ref import AdamW, ops
 from qlora_ref.dispatch import force_backend, force_isa
 
 N = 1031  # prime: nothing is a multiple of anything
@@ -162,19 +162,58 @@ def test_the_gradient_may_be_the_parameter() -> None:
         assert_same_bits(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_inputs_may_lie_in_read_only_memory(tmp_path: Path) -> None:
-    # A kernel that wrote to its input, if only what was there, would end the process. Nothing sees
-    # such memory beforehand, not even torch: x.add_(1) ends the process too.
+@pytest.fixture
+def read_only(tmp_path: Path) -> Tensor:
+    """normal(N) in memory that cannot be written: torch's own x.add_(1) ends the process."""
     path = tmp_path / "values"
     path.write_bytes(normal(N).numpy().tobytes())
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    array = np.frombuffer(memory, dtype=np.float32)
-    x = torch.from_numpy(array)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.float32))
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_inputs_may_lie_in_read_only_memory(read_only: Tensor) -> None:
+    # A kernel that wrote to its input, if only what was there, would end the process.
+    x = read_only
     assert_same_bits(ops.quantize_4bit(x, NF4)[0], ops.quantize_4bit(normal(N), NF4)[0])
     moments = [normal(N, seed=seed).abs() for seed in (1, 2)]
     step(normal(N), x, *moments)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_what_changes_in_place_must_not_be_read_only(number: int, read_only: Tensor) -> None:
+    tensors = [normal(N, seed=seed).abs() for seed in range(4)]
+    tensors[number] = read_only
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(ValueError, match="read-only memory"):
+        step(*tensors)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert_same_bits(tensor, old)
+    param = torch.nn.Parameter(read_only)
+    param.grad = torch.ones(N)
+    with pytest.raises(ValueError, match="read-only memory"):
+        AdamW([param]).step()
+
+
+def test_what_changes_in_place_must_not_overlap() -> None:
+    memory = normal(4 * N).abs()
+    parts = list(memory.split(N))
+    step(*parts)  # side by side
+    for number in (0, 2):  # moments that reach into the parameter, and into each other
+        overlapping = [*parts[:3], memory[number * N + 1 : (number + 1) * N + 1]]
+        with pytest.raises(ValueError, match="changed in place share memory"):
+            step(*overlapping)
+    with pytest.raises(ValueError, match="changed in place share memory"):
+        step(parts[0], parts[1], parts[2], parts[2])
+    with pytest.raises(ValueError, match="gradient shares memory"):
+        step(parts[0], memory[1 : N + 1], parts[2], parts[3])
+    params = [torch.nn.Parameter(part) for part in (memory[:N], memory[N - 1 : 2 * N])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="changed in place share memory"):
+        AdamW(params).step()
 
 
 # Sizes.
