@@ -216,6 +216,8 @@ def check_memory(changed: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None
     read     such tensors, too; each may also be one of those that are changed
     """
     spans = sorted(map(_span, filter(Tensor.numel, changed)))
+    if spans and spans[0][0] == 0:
+        raise ValueError("a tensor to change in place has no memory: its storage was freed")
     for (_, end), (begin, _) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError("tensors that are changed in place share memory: clone one of them")

@@ -197,6 +197,13 @@ def test_what_changes_in_place_must_not_be_read_only(number: int, read_only: Ten
         AdamW([param]).step()
 
 
+def test_what_changes_in_place_must_have_memory() -> None:
+    param, *others = (normal(N, seed=seed).abs() for seed in range(4))
+    param.untyped_storage().resize_(0)  # as programs do that gather parameters when they need them
+    with pytest.raises(ValueError, match="no memory: its storage was freed"):
+        step(param, *others)
+
+
 def test_what_changes_in_place_must_not_overlap() -> None:
     memory = normal(4 * N).abs()
     parts = list(memory.split(N))
