@@ -31,7 +31,7 @@ CALLS = {
     "quantize_8bit": lambda: ops.quantize_8bit(ZEROS, DYNAMIC),
     "dequantize_8bit": lambda: ops.dequantize_8bit(CODES, SCALES, DYNAMIC),
     "matmul_4bit": lambda: ops.matmul_4bit(ZEROS[:8], CODES[:32], SCALES, NF4, 64, (8, 8)),
-    "adamw_step": lambda: ops.adamw_step([ZEROS], [ZEROS], [ZEROS], [ZEROS], **ADAMW),
+    "adamw_step": lambda: ops.adamw_step(*([ZEROS.clone()] for _ in range(4)), **ADAMW),
 }
 
 
