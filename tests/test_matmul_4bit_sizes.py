@@ -109,7 +109,9 @@ def test_levels_far_from_bfloat16(tokens: int, device: str) -> None:
 
 # In long sums, how many of 300 tokens are worked on at a time depends on the number of threads.
 @pytest.mark.threads
-@pytest.mark.parametrize("tokens,outputs,depth", [(1, 300, 512), (8, 300, 512), (300, 16, 8192)])
+@pytest.mark.parametrize(
+    "tokens,outputs,depth", [(1, 300, 512), (8, 300, 512), (40, 300, 512), (300, 16, 8192)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(
