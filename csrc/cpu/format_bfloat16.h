@@ -87,9 +87,12 @@ struct Bfloat16Format {
   static constexpr int kDepth = 256;
   static constexpr int kStep = kHasTiles ? kTileDepth : kPair;
   static constexpr int kRowStep = kHasTiles ? kTileSide : 1;
-  static constexpr int kGroup = kHasTiles ? 2 * kTileSide : 4 * kTileRows;
+  static constexpr int kGroup = kHasTiles ? 2 * kTileSide : 2 * kTileRows;
   static constexpr int kRowStride = kDepth + kLineOf<uint16_t>;
   static constexpr int kPanelStride = kDepth * kLanes + kLineOf<uint16_t>;
+
+  // Roundings of sums in float are small beside those of what is multiplied.
+  static int run_length(int64_t) { return kDepth; }
 
   class Table {
    public:

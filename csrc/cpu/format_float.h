@@ -16,9 +16,14 @@ struct FloatFormat {
   static constexpr int kDepth = 256;
   static constexpr int kStep = 1;
   static constexpr int kRowStep = 1;
-  static constexpr int kGroup = 4 * kTileRows;
+  static constexpr int kGroup = 2 * kTileRows;
   static constexpr int kRowStride = kDepth + kLineOf<float>;
   static constexpr int kPanelStride = kDepth * kLanes + kLineOf<float>;
+
+  // In runs of r the roundings of the depth / r additions to the sums so far weigh as much as those
+  // within the runs where r^3 = depth^2 / 2, and each addition costs as much as one or two
+  // products.
+  static int run_length(int64_t depth) { return depth <= 512 ? 32 : 128; }
 
   // What the codes of a block stand for, rounded to Value: see decode_row.
   class Table {

@@ -63,14 +63,16 @@ class Multiplier {
   static constexpr int kPlanes = Format::kPlanes;
   static constexpr int kPair = Format::kPair;
 
-  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
-  static constexpr int64_t kBlock = kTransposed ? 512 : 256;
+  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns. Sums
+  // of kBlock outputs stay in the L2 cache meanwhile: whole groups of rows, or of panels.
+  static constexpr int64_t kUnit = kTransposed ? 2 * kLanes : Format::kGroup;
+  static constexpr int64_t kBlock = kTransposed ? 512 : 256 / kUnit * kUnit;
   static constexpr int64_t kWeights =
       kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
 
  public:
   Multiplier(const Product<Value>& product, int threads)
-      : product_(product), threads_(threads), run_(run_length(product.depth)) {
+      : product_(product), threads_(threads), run_(Format::run_length(product.depth)) {
     chunks_ = (product.depth + kDepth - 1) / kDepth;
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
     const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
@@ -80,7 +82,7 @@ class Multiplier {
                                   : token_step_ / kLanes * Format::kPanelStride;
     activation_plane_ = chunks_ * chunk_elements_;
     const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
-    output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
+    output_step_ = std::min(round_up(share, kUnit), kBlock);
     sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
     sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
   }

@@ -28,12 +28,6 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTilePanels = 2;
 
-// How many of `depth` products are summed up before they are added to the sums so far: a short sum
-// of short sums is more accurate than one long sum. In runs of r the roundings of the depth / r
-// additions weigh as much as those within the runs where r^3 = depth^2 / 2, and each addition costs
-// as much as one or two more products.
-inline int run_length(int64_t depth) { return depth <= 512 ? 32 : 128; }
-
 // c (kRows, kPanels kLanes) += a (kRows, depth) * b (kPanels, depth, kLanes), laid out as `Layout`
 // says (weight.h), for the depth of a run.
 template <typename Arithmetic, typename Layout, int kRows, int kPanels>
@@ -71,7 +65,8 @@ inline void multiply_run(const typename Arithmetic::Element* a,
   }
 }
 
-// The same for any depth, in runs.
+// The same for any depth, in runs that are added to the sums so far: a short sum of short sums is
+// more accurate than one long sum.
 template <typename Arithmetic, typename Layout, int kRows, int kPanels>
 void multiply_tile(const typename Arithmetic::Element* a, const typename Arithmetic::Element* b,
                    int depth, int run, float* c, int64_t c_stride) {
@@ -81,7 +76,7 @@ void multiply_tile(const typename Arithmetic::Element* a, const typename Arithme
   }
 }
 
-// As multiply_tile, for any number of rows: the largest tiles first, then halves.
+// As multiply_tile, for any number of rows: the largest tiles first, then smaller ones.
 template <typename Arithmetic, typename Layout, int kPanels, int kRows = kTileRows>
 void multiply_rows(const typename Arithmetic::Element* a, const typename Arithmetic::Element* b,
                    int64_t rows, int depth, int run, float* c, int64_t c_stride) {
@@ -91,8 +86,9 @@ void multiply_rows(const typename Arithmetic::Element* a, const typename Arithme
                                                       c + row * c_stride, c_stride);
   }
   if constexpr (kRows > 1) {
-    multiply_rows<Arithmetic, Layout, kPanels, kRows / 2>(
-        a + row * Layout::kRowStride, b, rows - row, depth, run, c + row * c_stride, c_stride);
+    constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
+    multiply_rows<Arithmetic, Layout, kPanels, kFewer>(a + row * Layout::kRowStride, b, rows - row,
+                                                       depth, run, c + row * c_stride, c_stride);
   }
 }
 

@@ -29,7 +29,8 @@ struct Weight {
 //   kPair          elements along the depth that multiply together and lie side by side
 //   kDepth         of a chunk: what the inner loop reads of it stays in the L1 cache
 //   kStep          the inner loop's depth is a multiple of this, its rows of kRowStep
-//   kGroup         weight rows that are restored at a time
+//   kGroup         weight rows that are restored at a time, and stay in the L1 cache
+//   run_length     how many products are summed up before they are added to the sums so far
 //   kRowStride     from a row of a chunk to the next
 //   kPanelStride   from kLanes lanes to the next: (kDepth / kPair, kLanes, kPair) elements
 //
