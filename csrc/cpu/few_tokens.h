@@ -1,9 +1,9 @@
 // Products with few tokens, where reading the weight is most of the work: codes become levels in
 // registers, are multiplied there, and each block's sum is scaled once.
 //
-// A stretch of 8 kLanes codes is read at a time, and looked up in kSteps steps. Which code a step
-// has in which lane is for look-ups to say; the activations are put into the same order beforehand.
-// All codes that a lane has in these steps lie in one block.
+// A stretch (stretch.h) is read at a time, and looked up in kSteps steps. Which code a step has in
+// which lane is for look-ups to say; the activations are put into the same order beforehand. All
+// codes that a lane has in these steps lie in one block.
 
 #pragma once
 
@@ -11,11 +11,9 @@
 #include "format_float.h"
 #include "product.h"
 #include "scratch.h"
+#include "stretch.h"
 
 namespace qlora {
-
-constexpr int kCodesPerLane = 8;
-constexpr int kStretch = kCodesPerLane * kLanes;
 
 // What is the same however floats are looked up.
 struct InFloat {
@@ -56,17 +54,17 @@ inline bool levels_suit_bfloat16(const float* codebook) {
 // of two codes in a byte after the odd one.
 struct FloatSteps : InFloat {
   static constexpr int kTogether = 1;  // steps that are looked up at once
-  static constexpr int kLeastBlock = kCodesPerLane;
+  static constexpr int kLeastBlock = kStretchSteps<float>;
   // Tokens and rows that are worked on at a time: a register for each pair of them.
   static constexpr int kFew = kLanes == 16 ? 8 : 4;
   static constexpr int kRows = 2;
-  static constexpr int kMost = 2 * kFew;  // tokens: with more, a Multiplier is faster
+  static constexpr int kMost = kLanes == 16 && !kHasTiles ? 14 : 2 * kFew;  // of tokens
 
   Table16 levels;
 
   explicit FloatSteps(const float* codebook) : levels(codebook) {}
   // The code's place in the stretch.
-  static int place(int step, int lane) { return lane * kCodesPerLane + (step ^ 1); }
+  static int place(int step, int lane) { return place_in_stretch<float>(step, lane); }
   void look_up(Ints codes, int step, Floats* weights) const {
     weights[0] = levels[shift_right(codes, 4 * step)];
   }
@@ -79,15 +77,15 @@ struct PairSteps {
   using Weights = __m512bh;
   static constexpr int kSteps = 4;
   static constexpr int kTogether = 1;
-  static constexpr int kLeastBlock = kCodesPerLane;
+  static constexpr int kLeastBlock = kStretchSteps<float>;
   static constexpr int kFew = 8, kRows = 2;
-  static constexpr int kMost = 2 * kFew;
+  static constexpr int kMost = 14;
 
   Ints levels;
 
   explicit PairSteps(const float* codebook)
       : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
-  static int place(int step, int half_lane) { return half_lane * 4 + (step ^ 1); }
+  static int place(int step, int half_lane) { return place_in_stretch<uint16_t>(step, half_lane); }
   void look_up(Ints codes, int step, __m512bh* weights) const {
     const Ints words = _mm512_srli_epi16(codes, 4 * step);
     weights[0] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));

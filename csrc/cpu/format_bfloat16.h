@@ -74,6 +74,23 @@ struct Split {
   }
 };
 
+// What the codes of a stretch stand for in bfloat16.
+class PairStretch {
+ public:
+  PairStretch(const float* codebook, float first, float second)
+      : levels_(reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(load(codebook) * broadcast(second),
+                                                           load(codebook) * broadcast(first)))) {}
+
+  void expand(const uint8_t* packed, uint16_t* out) const {
+    for_each_step<uint16_t>(packed, [&](int step, Ints index) {
+      _mm512_storeu_si512(out + step * 2 * kLanes, _mm512_permutexvar_epi16(index, levels_));
+    });
+  }
+
+ private:
+  Ints levels_;  // scaled for the first half, then for the second
+};
+
 template <typename Value>
 constexpr int kPlanesOf = std::is_same_v<Value, Bfloat16>  ? 1
                           : std::is_same_v<Value, Float16> ? 2
@@ -134,6 +151,9 @@ struct Bfloat16Format {
    private:
     Ints levels_[kPlanes];
   };
+
+  static constexpr bool kHasStretches = kPlanes == 1 && !kHasTiles;
+  using Stretch = PairStretch;
 
   static void convert(const Value* x, int64_t count, uint16_t* out, int64_t plane) {
     if constexpr (kPlanes == 1) {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "nibbles.h"
+#include "stretch.h"
 #include "tiles.h"
-#include "weight.h"
 
 namespace qlora {
 
@@ -58,6 +58,13 @@ struct FloatFormat {
     float levels_[16];
     FloatTables<Value> tables_;
   };
+
+#if defined(__AVX512BW__)
+  static constexpr bool kHasStretches = true;
+  using Stretch = FloatStretch<Value>;
+#else
+  static constexpr bool kHasStretches = false;
+#endif
 
   // Widens `count` values.
   static void convert(const Value* x, int64_t count, float* out, int64_t) {

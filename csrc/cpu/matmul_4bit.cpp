@@ -33,10 +33,11 @@ using BestSteps = FloatSteps;
 #endif
 
 // Up to here products go through FewTokens. Its time grows by a quarter of a decoding with each
-// token; a Multiplier's decoding, through memory, takes about three times as long, and then a token
-// costs little where tiles multiply bfloat16, and about half as much as here elsewhere. So measured
-// at 4096 x 4096 on AVX2 (Zen 3, float32: as fast at 15 tokens, 1.2 times at 12, 0.75 to 0.95 at
-// 16), AVX-512 and AMX.
+// token; a Multiplier's decoding, through memory, takes two to three times as long, and then a
+// token costs little where tiles multiply bfloat16, and half to two thirds as much as here
+// elsewhere, if it is one of a whole panel. So measured at 4096 x 4096: on AVX2 (Zen 3, float32) as
+// fast at 15 tokens, 1.2 times at 12, 0.75 to 0.95 at 16; on AVX-512 (Zen 4) as fast at 14
+// (bfloat16) and 15 (float32), 1.2 times at 12, 0.9 at 16; and on AMX.
 template <typename Value>
 constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : BestSteps<Value>::kMost;
 
@@ -82,7 +83,9 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
     if (tokens == 0 || product.outputs == 0) return int{kOk};
     using Format = BestFormat<Value>;
     using Steps = BestSteps<Value>;
-    if (!transposed && tokens <= kFewest<Value> && !has_extreme_token(product)) {
+    const bool is_few = !transposed && tokens <= kFewest<Value>;
+    const bool is_extreme = (is_few || Format::kPlanes > 1) && has_extreme_token(product);
+    if (is_few && !is_extreme) {
       if (Steps::suits(codebook) && FewTokens<Steps, Value>::fits(weight)) {
         return int{FewTokens<Steps, Value>(product, threads).run()};
       }
@@ -92,7 +95,7 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
         }
       }
     }
-    if (Format::kPlanes > 1 && has_extreme_token(product)) {
+    if (Format::kPlanes > 1 && is_extreme) {
       return int{multiply<FloatFormat<Value>>(product, transposed, threads)};
     }
     return int{multiply<Format>(product, transposed, threads)};

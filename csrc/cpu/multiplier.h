@@ -62,6 +62,7 @@ class Multiplier {
   static constexpr int kDepth = Format::kDepth;
   static constexpr int kPlanes = Format::kPlanes;
   static constexpr int kPair = Format::kPair;
+  static constexpr bool kHasOrder = Format::kHasStretches && !kTransposed;
 
   // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns. Sums
   // of kBlock outputs stay in the L2 cache meanwhile: whole groups of rows, or of panels.
@@ -73,6 +74,7 @@ class Multiplier {
  public:
   Multiplier(const Product<Value>& product, int threads)
       : product_(product), threads_(threads), run_(Format::run_length(product.depth)) {
+    if constexpr (kHasOrder) is_ordered_ = has_whole_stretches(product.weight);
     chunks_ = (product.depth + kDepth - 1) / kDepth;
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
     const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
@@ -134,10 +136,22 @@ class Multiplier {
         Element staged[kPlanes][kLanes * Format::kRowStride];
         pack_rows<Format>(x, product_.depth, rows, kLanes, depth, staged[0],
                           kLanes * Format::kRowStride);
+        if (is_ordered_) order_rows(rows, depth, staged[0]);
         for (int p = 0; p < kPlanes; ++p) {
           rows_to_panel<Format>(staged[p], depth,
                                 out + p * activation_plane_ + group * Format::kPanelStride);
         }
+      }
+    }
+  }
+
+  // Puts activations into the order in which weights are restored.
+  static void order_rows(int64_t rows, int depth, Element* x) {
+    for (int64_t row = 0; row < rows; ++row, x += Format::kRowStride) {
+      for (int k = 0; k < depth; k += kStretch) {
+        Element ordered[kStretch];
+        order_stretch(x + k, ordered);
+        std::memcpy(x + k, ordered, sizeof ordered);
       }
     }
   }
@@ -172,14 +186,23 @@ class Multiplier {
       for (int64_t row = 0; row < rows; ++row) {
         Element* out = weights + row * Format::kRowStride;
         prefetch_after(first, outputs, group, row, chunk);
-        decode_row<Table>(product_.weight, first + group + row, chunk * kDepth, depth, out,
-                          kWeights);
+        restore_row(first + group + row, chunk * kDepth, depth, out);
         clear(out, depth, padded, kWeights);
       }
       Format::multiply(weights, kWeights, panels, activation_plane_,
                        round_up(rows, Format::kRowStep), (tokens + kLanes - 1) / kLanes, padded,
                        run_, sums + group * sum_stride_, sum_stride_);
     }
+  }
+
+  void restore_row(int64_t row, int64_t begin, int depth, Element* out) const {
+    if constexpr (kHasOrder) {
+      if (is_ordered_) {
+        decode_stretches<typename Format::Stretch>(product_.weight, row, begin, depth, out);
+        return;
+      }
+    }
+    decode_row<Table>(product_.weight, row, begin, depth, out, kWeights);
   }
 
   // Asks for what add_rows will want a group later: the same row of the next group, or of the first
@@ -295,6 +318,7 @@ class Multiplier {
 
   Product<Value> product_;
   int threads_, run_;
+  bool is_ordered_ = false;  // whether weights are restored in the order of stretches
   int64_t chunks_, token_step_, output_step_, chunk_elements_, activation_plane_, sum_rows_,
       sum_stride_;
 };

@@ -31,6 +31,7 @@ struct Weight {
 //   kStep          the inner loop's depth is a multiple of this, its rows of kRowStep
 //   kGroup         weight rows that are restored at a time, and stay in the L1 cache
 //   run_length     how many products are summed up before they are added to the sums so far
+//   kHasStretches  whether rows may be restored by a Stretch, in an order of their own (stretch.h)
 //   kRowStride     from a row of a chunk to the next
 //   kPanelStride   from kLanes lanes to the next: (kDepth / kPair, kLanes, kPair) elements
 //
