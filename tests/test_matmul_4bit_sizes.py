@@ -26,8 +26,8 @@ OPERATION = "matmul_4bit"
 LONG_ON_SIMULATED_GPUS = True
 
 # Kernels take one to 16 tokens in registers, 16 to a panel, and up to 1024 at a time; depths in
-# chunks of 256, outputs in blocks of 256 or 512.
-FEW = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)
+# chunks of 256, outputs in blocks of 240 or 512.
+FEW = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17)
 MANY_TOKENS = 1030
 
 
@@ -62,6 +62,21 @@ def test_block_sizes(transposed: bool, block_size: int, device: str) -> None:
     weight = random_weight(48, 256, block_size)
     for tokens in (2, 20):
         x = normal(tokens, 48 if transposed else 256, seed=3)
+        assert_is_accurate(x, weight, weight.dense(), device, transposed)
+
+
+# Rows of whole vectors of codes, of which each half, or each, or two lie in one block: they may be
+# restored in an order of their own.
+@pytest.mark.parametrize("size", [(29, 384, 64), (26, 256, 128), (50, 512, 256)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_whole_vectors(
+    dtype: torch.dtype, transposed: bool, size: tuple, device: str
+) -> None:
+    rows, columns, block_size = size
+    weight = random_weight(rows, columns, block_size, nested=True)
+    for tokens in (3, 14, 15, 40):
+        x = normal(tokens, rows if transposed else columns, seed=3, dtype=dtype)
         assert_is_accurate(x, weight, weight.dense(), device, transposed)
 
 
