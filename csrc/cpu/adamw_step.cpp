@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kBlock = 256;  // values that share a scale when the moments are 8-bit
 
+// How far ahead a loop over four arrays asks for them, in bytes.
+constexpr uintptr_t kAhead = 384;
+
 // The formula, a vector at a time.
 class Rule {
  public:
@@ -95,10 +98,10 @@ void step_with_float_moments(const Tensors& tensors, const Rule& rule, int threa
       auto* grad = grads + start;
       auto* param = params + start;
       for_each_vector(count, [=](int64_t i, auto part) {
-        read_ahead(grad + i);
-        read_ahead(m + i);
-        read_ahead(v + i);
-        read_ahead(param + i);
+        read_ahead<kAhead>(grad + i);
+        read_ahead<kAhead>(m + i);
+        read_ahead<kAhead>(v + i);
+        read_ahead<kAhead>(param + i);
         const Floats g = load(grad + i, part);
         const Floats new_m = rule.first_moment(load(m + i, part), g);
         const Floats new_v = rule.second_moment(load(v + i, part), g);

@@ -35,9 +35,12 @@ void for_each_block(int64_t n, int64_t block_size, [[maybe_unused]] int threads,
 
 // Asks for what the loop over an array will read or write some blocks later, so that memory works
 // on while the processor computes. Behind the array's end this reads nothing: it only asks.
-template <typename Value>
+//
+// The distance, in bytes, is for a loop over one or two arrays. More arrays want a shorter one,
+// which leaves them all room in the first-level cache and most of the work to the processor's own
+// prefetchers: on Zen 4, four take 1.2 times as long at 2048 as at 384.
+template <uintptr_t kDistance = 2048, typename Value>
 void read_ahead(const Value* x) {
-  constexpr uintptr_t kDistance = 8192;  // bytes
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kDistance));
 }
 
