@@ -26,7 +26,7 @@ _MOST_VECTORS = 1024  # of one readv
 
 _INTEGERS = (int, torch.SymInt)
 _shape = attrgetter("shape")
-_dtype_and_layout = attrgetter("dtype", "layout")
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -171,35 +171,36 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         if not _all_are(tensors, FLOAT_DTYPES):
             for tensor in tensors:
                 check_float(name, tensor)
-    _check_shapes("grads", grads, params)
+    _check_shapes("grads", grads, [param.shape for param in params])
     _check_contiguous("parameters", params)
     if len(set(map(id, params))) < len(params):
         raise ValueError("a parameter is listed twice: a step changes each one once")
 
 
 def check_moments(
-    params: Sequence[Tensor], moments: Sequence[Tensor], name: str, dtype: torch.dtype
+    shapes: list[torch.Size], moments: Sequence[Tensor], name: str, dtype: torch.dtype
 ) -> None:
     if not _all_are(moments, (dtype,)):
         for moment in moments:
             check_dtype(f"each of {name}", moment, dtype)
-    _check_shapes(name, moments, params)
+    _check_shapes(name, moments, shapes)
     _check_contiguous(name, moments)
 
 
 def _all_are(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether these are dense tensors of some dtypes: for a list in a third of the time that a
     check of each takes, which is for naming the one that is not."""
-    kinds = set(map(type, tensors))
-    return all(issubclass(kind, Tensor) for kind in kinds) and set(
-        map(_dtype_and_layout, tensors)
-    ) <= {(dtype, torch.strided) for dtype in dtypes}
+    return (
+        all(issubclass(kind, Tensor) for kind in set(map(type, tensors)))
+        and set(map(_dtype, tensors)) <= set(dtypes)
+        and set(map(_layout, tensors)) <= {torch.strided}
+    )
 
 
-def _check_shapes(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    if len(tensors) != len(params) or not all(map(eq, map(_shape, tensors), map(_shape, params))):
+def _check_shapes(name: str, tensors: Sequence[Tensor], shapes: list[torch.Size]) -> None:
+    if list(map(_shape, tensors)) != shapes:
         raise ValueError(
-            f"{name} must have the shapes of params, {[tuple(p.shape) for p in params]}, "
+            f"{name} must have the shapes of params, {[tuple(shape) for shape in shapes]}, "
             f"got {[tuple(tensor.shape) for tensor in tensors]}"
         )
 

@@ -136,13 +136,14 @@ class Operations:
         second_codebook: Tensor | None,
         *options: float,  # lr, beta1, beta2, eps, weight_decay, step
     ) -> None:
-        grads = [grad.contiguous() for grad in grads]
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
         tables: list[Any] = [None] * 4
         if first_codebook is not None and second_codebook is not None:
             codebooks = first_codebook.contiguous(), second_codebook.contiguous()
             tables = [list(first_absmaxes), list(second_absmaxes), *codebooks]
         counts = _on_host(map(Tensor.numel, params), c_int64)
-        typed = (list(params), _dtypes(params), grads, _dtypes(grads))
+        typed = (list(params), _dtypes(params), list(grads), _dtypes(grads))
         moments = (list(first_moments), list(second_moments))
         device = params[0].device
         self._call("adamw_step", device, len(params), counts, *typed, *moments, *tables, *options)
@@ -293,7 +294,7 @@ _TYPE_CODES = {c_int: "i", c_int64: "q", c_void_p: "Q"}  # of array
 
 def _on_host(values: Iterable[int], kind: Any) -> ctypes.Array[Any]:
     """An array for C: Python's own takes a list in half of the time that one of ctypes takes."""
-    listed = array(_TYPE_CODES[kind], values)
+    listed = array(_TYPE_CODES[kind], list(values))
     return (kind * len(listed)).from_buffer(listed)
 
 

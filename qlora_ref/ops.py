@@ -284,8 +284,9 @@ def adamw_step(
         params, first_absmaxes, second_absmaxes, first_codebook, second_codebook
     )
     dtype = torch.uint8 if eight_bit else torch.float32
-    check_moments(params, first_moments, "first_moments", dtype)
-    check_moments(params, second_moments, "second_moments", dtype)
+    shapes = [param.shape for param in params]
+    check_moments(shapes, first_moments, "first_moments", dtype)
+    check_moments(shapes, second_moments, "second_moments", dtype)
     check_step(step)
     changed = [*params, *first_moments, *second_moments, *first_absmaxes, *second_absmaxes]
     here = [grad for grad in grads if _library.has_memory(grad) and grad.is_contiguous()]

@@ -31,7 +31,7 @@ STATE_BITS = (32, 8)
 Options = dict[str, Any]
 Parts = Callable[[list[Tensor]], Iterator[Slice]]
 
-_device, _is_sparse = attrgetter("device"), attrgetter("is_sparse")
+_device, _is_sparse, _shape = map(attrgetter, ("device", "is_sparse", "shape"))
 
 
 class Batch(NamedTuple):
@@ -106,10 +106,10 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         # All that can be wrong, of all of them, before the first one moves or is counted.
         for params in trained:
             _check_gradients(params)
-        self._make_states(trained)
+        states = self._states(trained)
         # With copies of gradients, where they need them: once pages were stepped nothing may fail.
-        whole = [self._whole(params, group) for params, group in zip(trained, self.param_groups)]
-        self._count(trained, 1)
+        whole = [self._whole(*members) for members in zip(trained, states, self.param_groups)]
+        _count(states, 1)
         if self._paged is not None:
             paged = [p for params in trained for p in params if self._is_paged(p)]
             numbers = {p: i for i, params in enumerate(trained) for p in params}
@@ -118,7 +118,7 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
                 self.survey(paged, self._paged.parts)
                 self._paged.step(paged, update)
             except BaseException:
-                self._count(trained, -1)  # nothing else has changed
+                _count(states, -1)  # nothing else has changed
                 raise
         for group, batch in zip(self.param_groups, whole):
             self._step_batch(batch, group)
@@ -131,6 +131,16 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
     def _is_paged(self, param: Tensor) -> bool:
         return self._paged is not None and param in self._paged
 
+    def _states(self, trained: list[list[Tensor]]) -> list[list[Options]]:
+        """The state of each parameter."""
+        states: list[list[Any]] = [
+            [self.state.get(param) for param in params] for params in trained
+        ]
+        if not all(map(all, states)):
+            self._make_states(trained)
+            states = [[self.state[param] for param in params] for params in trained]
+        return states
+
     def _make_states(self, trained: list[list[Tensor]]) -> None:
         """A state of zeros for each parameter that has none: all of them or, on an error, none."""
         new = [
@@ -139,8 +149,7 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
             for param in params
             if not self.state.get(param)
         ]
-        if new:
-            check_memory(p for params in trained for p in params if has_memory(p))
+        check_memory(p for params in trained for p in params if has_memory(p))
         large = {param for param, fields in new if self._paged and is_large(param, fields)}
         zeros = {param: _zero_state(param, fields) for param, fields in new if param not in large}
         if self._paged is not None:
@@ -148,20 +157,17 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         for param, _ in new:
             self.state[param] = {"step": 0, **zeros.get(param, {})}
 
-    def _count(self, trained: list[list[Tensor]], steps: int) -> None:
-        for params in trained:
-            for param in params:
-                self.state[param]["step"] += steps
-
-    def _whole(self, params: list[Tensor], group: Options) -> Batch:
+    def _whole(self, params: list[Tensor], states: list[Options], group: Options) -> Batch:
         """The parameters whose state is in memory. It is checked, and the count of all steps."""
-        for step in {self.state[param]["step"] for param in params}:
+        for step in {state["step"] for state in states}:
             check_step(step + 1)
         if self._paged is not None:
             params = [param for param in params if param not in self._paged]
-        states = [self.state[param] for param in params]
+            states = [self.state[param] for param in params]
         _check_states(params, self.fields(group), states)
-        grads = [param.grad.contiguous() for param in params if param.grad is not None]
+        grads = [param.grad for param in params if param.grad is not None]
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
         return Batch(params, params, grads, states)
 
     def _step_pages(self, numbers: dict[Tensor, int], slices: list[Slice]) -> None:
@@ -267,6 +273,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
 
 
+def _count(states: list[list[Options]], steps: int) -> None:
+    for members in states:
+        for state in members:
+            state["step"] += steps
+
+
 def _check_gradients(params: list[Tensor]) -> None:
     grads = [param.grad for param in params if param.grad is not None]
     if any(map(_is_sparse, grads)):
@@ -278,10 +290,11 @@ def _check_states(
     params: Sequence[Tensor], fields: Fields, states: Sequence[Mapping[str, Any]]
 ) -> None:
     """What a step will change: other tensors may have been put there, or into the parameters."""
+    shapes = list(map(_shape, params))
     for field in fields:
         tensors: list[Any] = [state.get(field.name) for state in states]
         if field.group == 1:
-            check_moments(params, tensors, field.name, field.dtype)
+            check_moments(shapes, tensors, field.name, field.dtype)
         else:
             check_moment_scales(params, tensors, field.name)
 
