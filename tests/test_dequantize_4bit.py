@@ -158,7 +158,7 @@ def test_result_is_a_new_tensor(device: str) -> None:
 def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
     isa: str, dtype: torch.dtype, block_size: int, offset: int
 ) -> None:
-    n = 2**21 + 35  # more than 4 MiB: written past the caches where that can be
+    n = 2**24 // dtype.itemsize + 2**15 + 35  # beyond 16 MiB past the caches, where it can
     packed, absmax = quantised((n,), block_size)
     buffer = torch.full((n + 3,), 7.0, dtype=dtype)
     y = buffer[offset : offset + n]

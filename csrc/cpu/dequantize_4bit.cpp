@@ -17,19 +17,17 @@ bool can_stream(const Value* y, int64_t block_size) {
          block_size * sizeof(Value) % kStreamAlignment == 0;
 }
 
+// The blocks from `first` to before `last`.
 template <bool kStream, typename Value>
 void dequantize(const uint8_t* packed, const Scales& scales, const float* codebook,
-                int64_t block_size, int64_t n, Value* y, int threads) {
-  for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t start = block * block_size;
-      const ScaledLevels<Value> levels(codebook, scales[block]);
-      // Blocks are even, so each starts with a byte of its own.
-      restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start),
-                             y + start);
-    }
-    if (kStream) fence_streams();
-  });
+                int64_t block_size, int64_t n, Value* y, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block * block_size;
+    const ScaledLevels<Value> levels(codebook, scales[block]);
+    // Blocks are even, so each starts with a byte of its own.
+    restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start), y + start);
+  }
+  if (kStream && first < last) fence_streams();
 }
 
 }  // namespace
@@ -42,15 +40,17 @@ int dequantize_4bit(const uint8_t* packed, const void* absmax, const float* nest
   return with_dtype(dtype, [&](auto type) {
     using Value = decltype(type);
     auto* values = static_cast<Value*>(y);
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(Value));
+    const int64_t value_bytes = sizeof(Value);
     // The kernel has just zeroed a fresh page: it is in the caches, and stays there until it is
-    // written. Whatever else is large would only pass through them, and be read first.
-    const bool is_fresh = prepare_fresh(y, bytes);
-    if (!is_fresh && bytes >= kLargeOutput && can_stream(values, block_size)) {
-      dequantize<true>(packed, scales, codebook, block_size, n, values, threads);
-    } else {
-      dequantize<false>(packed, scales, codebook, block_size, n, values, threads);
-    }
+    // written. Other pages would only pass through them, and be read first.
+    const bool is_fresh = prepare_fresh(y, n * value_bytes);
+    const bool streams = !is_fresh && can_stream(values, block_size);
+    const int64_t cached = streams ? kCachedOutput / value_bytes / block_size / threads : n;
+    for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
+      const int64_t middle = std::min(first + cached, last);
+      dequantize<false>(packed, scales, codebook, block_size, n, values, first, middle);
+      dequantize<true>(packed, scales, codebook, block_size, n, values, middle, last);
+    });
     return kOk;
   });
 }
