@@ -4,8 +4,9 @@ How candidates are timed, and which backends there are, is in qlora_ref.benchmar
 is the same for those who have no copy of the sources. The files here look closer: at outputs that
 are reused, at one thread and several, at what Python adds.
 
-Candidates run interleaved, many times, and the median counts: other work on the machine then hits
-all of them alike. Bytes per second stand beside those of a plain copy measured in the same run.
+Candidates run interleaved, in another order each time, and the median counts: other work on the
+machine then hits all of them alike. Bytes per second stand beside those of a plain copy measured
+in the same run.
 """
 
 from __future__ import annotations

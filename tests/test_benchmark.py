@@ -215,9 +215,10 @@ def test_candidates_run_in_turn_and_the_first_round_does_not_count(
     order: list[str] = []
     clock = iter(range(1000))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    found = time_in_turn({n: (lambda n=n: order.append(n)) for n in "ab"}, repeats=3)
-    assert order == list("ab" * 4)
-    assert found["a"] == Timing(1.0, 1.0, 1.0, 3)
+    found = time_in_turn({n: (lambda n=n: order.append(n)) for n in "ab"}, repeats=9)
+    rounds = {"".join(order[i : i + 2]) for i in range(0, 20, 2)}
+    assert (len(order), rounds) == (20, {"ab", "ba"})
+    assert found["a"] == Timing(1.0, 1.0, 1.0, 9)
 
 
 def test_quartiles_are_those_of_the_counted_rounds() -> None:

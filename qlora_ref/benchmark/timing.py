@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -40,20 +41,24 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time each candidate once a round, for `repeats` rounds; a first round warms up.
 
+    The order is another one each round: none always finds the caches as the same other one leaves
+    them.
+
     steady  run each twice and time the second: the caches are then as it leaves them itself
     budget  seconds after which no further round begins, once there are three
     """
     stopwatch = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    shuffle = random.Random(0)
     began = time.perf_counter()
     for round_ in range(repeats + 1):
         if round_ > FEWEST_ROUNDS and time.perf_counter() - began > budget:
             break
         readings = {}
-        for name, run in runs.items():
+        for name in shuffle.sample(list(runs), len(runs)):
             if steady:
-                run()
-            readings[name] = stopwatch(run)
+                runs[name]()
+            readings[name] = stopwatch(runs[name])
         for name, read in readings.items():
             if round_ > 0:
                 seconds[name].append(read())
