@@ -40,7 +40,7 @@ inline Vector in_register(Vector x) {
   return x;
 }
 
-#if defined(__AVX512BW__) || !defined(__AVX2__)
+#if !defined(__AVX2__)
 
 // Lane i is the largest of x[i].
 inline Ints largest_of_each(const Ints* x) {

@@ -53,6 +53,25 @@ inline Ints larger_words(Ints a, Ints b) { return _mm512_max_epi16(a, b); }
 
 inline int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x); }
 
+// Lane i is the largest of x[i].
+inline Ints largest_of_each(const Ints* x) {
+  const auto merge = [](Ints a, Ints b) {  // pairs of lanes
+    return larger(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const auto merge_pairs = [](Ints a, Ints b) {
+    return larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  };
+  const auto merge_quarters = [](Ints a, Ints b) {  // the even ones with the odd ones
+    return larger(_mm512_shuffle_i32x4(a, b, 0b10'00'10'00),
+                  _mm512_shuffle_i32x4(a, b, 0b11'01'11'01));
+  };
+  Ints fours[4];
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = merge_pairs(merge(x[4 * i], x[4 * i + 1]), merge(x[4 * i + 2], x[4 * i + 3]));
+  }
+  return merge_quarters(merge_quarters(fours[0], fours[1]), merge_quarters(fours[2], fours[3]));
+}
+
 // Lane i is table[indices[i]].
 inline Floats look_up(const float* table, Ints indices) {
   return _mm512_i32gather_ps(indices, table, sizeof(float));
