@@ -77,64 +77,20 @@ class Thresholds {
 
 #endif
 
-#if defined(__AVX512BW__)
-
-// The same for values from -1 to 1, where the thresholds allow it: of 32 cells of equal width each
-// holds at most one of them, so that one comparison is left.
-class Cells {
- public:
-  explicit Cells(const float* thresholds) {
-    float next[32];
-    int32_t below[32] = {};
-    std::fill(next, next + 32, std::numeric_limits<float>::infinity());
-    for (int i = 0; i < 15; ++i) {
-      const double own = std::floor(double{kCellsPerUnit} * thresholds[i]);  // exact
-      for (int cell = -16; cell < 16; ++cell) {
-        if (cell > own) ++below[cell & 31];
-        if (cell != own) continue;
-        fits_ = fits_ && std::isinf(next[cell & 31]);
-        next[cell & 31] = thresholds[i];
-      }
-    }
-    for (int half = 0; half < 2; ++half) {
-      next_[half] = load(next + half * kLanes);
-      std::memcpy(&below_[half], below + half * kLanes, sizeof below_[half]);
-    }
-  }
-
-  bool fits() const { return fits_; }
-
-  Ints count_below(Floats x) const {
-    // The sum's last bit stands for 1: rounded down, its lowest 5 bits are the number of the cell,
-    // which is all that the look-ups read.
-    const Ints cell = bits_of(multiply_add_down(x, broadcast(kCellsPerUnit), broadcast(0x1.8p23f)));
-    return add_where_above(pick_of_32(below_, cell), 1, x, pick_of_32(next_, cell));
-  }
-
- private:
-  // A little less than 16, so that a value that rounding takes above 1 lies in the last cell.
-  static constexpr float kCellsPerUnit = 15.5f;
-
-  bool fits_ = true;
-  Floats next_[2];  // the threshold in each cell, or infinity
-  Ints below_[2];   // how many lie in the cells before
-};
-
-#endif
-
-// The code of the level that is nearest to each value.
-template <typename Counter, bool kIsSorted>
+// The code of the level that is nearest to each value, for any value and codebook.
+template <bool kIsSorted>
 class NearestLevel {
  public:
-  NearestLevel(const Counter& counter, const uint8_t* codes) : counter_(counter), codes_(codes) {}
+  explicit NearestLevel(const Decisions<16>& decisions)
+      : thresholds_(decisions.thresholds), codes_(decisions.codes) {}
 
   Ints code(Floats normalised) const {
-    const Ints position = counter_.count_below(normalised);
+    const Ints position = thresholds_.count_below(normalised);
     return kIsSorted ? position : codes_[position];
   }
 
  private:
-  Counter counter_;
+  Thresholds thresholds_;
   Codes codes_;  // of the levels by position; in a sorted codebook these are the positions
 };
 
@@ -145,25 +101,14 @@ inline bool is_sorted(const uint8_t* codes) {
   return true;
 }
 
-using AnyLevel = NearestLevel<Thresholds, false>;  // for any value and codebook
-
-// Calls function with the fastest NearestLevel for values from -1 to 1.
-template <typename Counter, typename Function>
-void with_codes(const Counter& counter, const uint8_t* codes, Function function) {
-  if (is_sorted(codes)) {
-    function(NearestLevel<Counter, true>(counter, codes));
-  } else {
-    function(NearestLevel<Counter, false>(counter, codes));
-  }
-}
-
+// Calls function with the NearestLevel that asks least.
 template <typename Function>
 void with_nearest_level(const Decisions<16>& decisions, Function function) {
-#if defined(__AVX512BW__)
-  const Cells cells(decisions.thresholds);
-  if (cells.fits()) return with_codes(cells, decisions.codes, function);
-#endif
-  with_codes(Thresholds(decisions.thresholds), decisions.codes, function);
+  if (is_sorted(decisions.codes)) {
+    function(NearestLevel<true>(decisions));
+  } else {
+    function(NearestLevel<false>(decisions));
+  }
 }
 
 }  // namespace qlora

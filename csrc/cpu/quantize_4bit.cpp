@@ -123,8 +123,8 @@ void prefetch_values(const Value* x, int64_t count) {
 template <typename Value, typename Nearest>
 class Quantizer {
  public:
-  Quantizer(const FixedPoint& fixed_point, const Nearest& nearest, const AnyLevel& any)
-      : fixed_point_(fixed_point), nearest_(nearest), any_(any) {}
+  Quantizer(const FixedPoint& fixed_point, const Nearest& nearest)
+      : fixed_point_(fixed_point), nearest_(nearest) {}
 
   // Blocks `first` to `last` of n values; packed and absmax are those of all.
   void quantize(const Value* x, int64_t n, int64_t block_size, int64_t first, int64_t last,
@@ -144,6 +144,8 @@ class Quantizer {
   }
 
  private:
+  static constexpr int kStep = FixedPoint::kStep, kHalf = kStep / 2;
+
   static void find_absmax(const Value* x, int64_t block_size, int64_t blocks, float* absmax) {
     for (; blocks >= kLanes; blocks -= kLanes, x += kLanes * block_size, absmax += kLanes) {
       blocks_absmax(x, block_size, absmax);
@@ -154,7 +156,7 @@ class Quantizer {
   // Blocks of one group, or one block that is larger.
   __attribute__((noinline)) void quantize_blocks(const Value* x, int64_t block_size, int64_t blocks,
                                                  const float* absmax, uint8_t* packed) const {
-    if (fixed_point_.fits() && block_size >= FixedPoint::kStep) {
+    if (fixed_point_.fits() && block_size >= kHalf) {
       const int64_t part = std::min(block_size, kGroupValues<Value>);
       for (int64_t i = 0; i < block_size; i += part) {
         const int64_t count = std::min(part, block_size - i);
@@ -168,51 +170,61 @@ class Quantizer {
     }
   }
 
-  // Blocks of one group, of at least kStep values, or a part of a larger block.
+  // Blocks of one group, of at least kHalf values, or a part of a larger block.
   void quantize_in_fixed_point(const Value* x, int64_t block_size, int64_t blocks,
                                const float* absmax, uint8_t* packed) const {
-    constexpr int kStep = FixedPoint::kStep;
-    constexpr int64_t kSteps = kGroupValues<Value> / kStep;
-    static_assert(kSteps <= 64);
-    const int64_t steps = block_size / kStep, rest = block_size % kStep;
     // Several quotients in one instruction, and no block waits for its own. A power of two more
     // changes no rounding, unless it overflows.
-    float factors[kSteps];
+    float factors[kGroupValues<Value> / kHalf];
     for_each_vector(blocks, [&](int64_t i, auto part) {
       store(factors + i, broadcast(1.0f) / load(absmax + i, part) * broadcast(FixedPoint::kOne),
             part);
     });
-    // A copy, and no call in the loop, so that its tables stay in registers.
+    // A copy, and no call in the loop, so that its tables stay in registers: the steps that are
+    // left to float arithmetic are taken down.
     const FixedPoint fixed_point = fixed_point_;
-    uint64_t is_left = 0;  // a bit for each step
-    int step = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const float factor = factors[block];
-      const bool is_usual = factor > 0.0f && !std::isinf(factor);
-      for (int64_t i = 0; i < steps; ++i, ++step) {
-        const int64_t start = block * block_size + i * kStep;
-        prefetch_values(x + start, kStep);
-        const bool is_done = fixed_point.quantize(x + start, broadcast(factor), packed + start / 2);
-        is_left |= uint64_t{!(is_done && is_usual)} << step;
+    int64_t left[kGroupValues<Value> / kStep];
+    int left_count = 0;
+    const auto quantize_step = [&](int64_t start, float head, float tail) {
+      prefetch_values(x + start, kStep);
+      const bool is_done =
+          fixed_point.quantize(x + start, broadcast(head), broadcast(tail), packed + start / 2);
+      // A branch, as it is foretold rightly nearly always, takes less time than counting without.
+      if (__builtin_expect(!(is_done & is_usual(head) & is_usual(tail)), false)) {
+        left[left_count++] = start;
+      }
+    };
+    int64_t done = 0;  // blocks, but for what a last step would not fill
+    if (block_size == kHalf) {
+      for (; done + 2 <= blocks; done += 2) {
+        quantize_step(done * kHalf, factors[done], factors[done + 1]);
+      }
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i + kStep <= block_size; i += kStep) {
+          quantize_step(block * block_size + i, factors[block], factors[block]);
+        }
       }
     }
-    for (; is_left != 0; is_left &= is_left - 1) {
-      const int64_t step = __builtin_ctzll(is_left), block = step / steps;
-      const int64_t start = block * block_size + step % steps * kStep;
-      quantize_seldom(x + start, kStep, absmax[block], packed + start / 2);
+    for (int i = 0; i < left_count; ++i) {
+      for (const int64_t start : {left[i], left[i] + kHalf}) {
+        quantize_seldom(x + start, kHalf, absmax[start / block_size], packed + start / 2);
+      }
     }
-    for (int64_t block = 0; rest > 0 && block < blocks; ++block) {
-      const int64_t start = block * block_size + steps * kStep;
-      quantize_seldom(x + start, rest, absmax[block], packed + start / 2);
+    const int64_t rest = block_size % kStep;
+    for (; rest > 0 && done < blocks; ++done) {
+      const int64_t start = (done + 1) * block_size - rest;
+      quantize_seldom(x + start, rest, absmax[done], packed + start / 2);
     }
   }
+
+  // Neither zero nor infinity nor NaN.
+  static bool is_usual(float factor) { return bits_of(factor) - 1 < kInfinity - 1; }
 
   __attribute__((always_inline)) void quantize_block(const Value* x, int64_t count, float absmax,
                                                      uint8_t* packed) const {
     const float reciprocal = 1.0f / absmax;
-    if (!(reciprocal > 0.0f) || std::isinf(reciprocal)) {
-      return quantize_special_block(x, count, absmax, packed);
-    }
+    if (!is_usual(reciprocal)) return quantize_special_block(x, count, absmax, packed);
     const Floats factor = broadcast(reciprocal);
     quantize_vectors<4>(
         x, count, [&](Floats values) { return nearest_.code(values * factor); }, packed);
@@ -230,12 +242,11 @@ class Quantizer {
                                                         uint8_t* packed) const {
     const Floats divisor = broadcast(absmax == 0.0f ? 1.0f : absmax);
     quantize_vectors<4>(
-        x, count, [&](Floats values) { return any_.code(values / divisor); }, packed);
+        x, count, [&](Floats values) { return nearest_.code(values / divisor); }, packed);
   }
 
   const FixedPoint& fixed_point_;
   const Nearest& nearest_;
-  const AnyLevel& any_;
 };
 
 // The lowest code of the level 0 fills up the last byte after an odd number of values.
@@ -251,13 +262,12 @@ int quantize_4bit(const void* x, int dtype, int64_t n, const float* codebook, in
   if (is_bad_size(n, block_size, threads)) return kBadSize;
   const Decisions<16> decisions(codebook);
   const FixedPoint fixed_point(decisions);
-  const AnyLevel any(Thresholds(decisions.thresholds), decisions.codes);
   prepare_fresh(packed, n / 2);
   return with_dtype(dtype, [&](auto type) {
     const auto* values = static_cast<const decltype(type)*>(x);
     with_nearest_level(decisions, [&](const auto& nearest) {
       const Quantizer<decltype(type), std::decay_t<decltype(nearest)>> quantizer(fixed_point,
-                                                                                 nearest, any);
+                                                                                 nearest);
       for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
         quantizer.quantize(values, n, block_size, first, last, packed, absmax);
       });

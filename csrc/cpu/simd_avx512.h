@@ -83,19 +83,6 @@ inline Ints look_up(const int32_t* table, Ints indices) {
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm512_permutexvar_ps(lanes, x); }
 
-// a * b + c, rounded down once.
-inline Floats multiply_add_down(Floats a, Floats b, Floats c) {
-  return _mm512_fmadd_round_ps(a, b, c, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
-
-// Lane i is the lanes[i]-th of 32 lanes; only 5 bits of the index count.
-inline Floats pick_of_32(const Floats (&x)[2], Ints lanes) {
-  return _mm512_permutex2var_ps(x[0], lanes, x[1]);
-}
-inline Ints pick_of_32(const Ints (&x)[2], Ints lanes) {
-  return _mm512_permutex2var_epi32(x[0], lanes, x[1]);
-}
-
 // count + amount in the lanes in which x is above the threshold.
 inline Ints add_where_above(Ints count, int32_t amount, Floats x, Floats threshold) {
   const __mmask16 is_above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
