@@ -1,5 +1,5 @@
 // Products with few tokens, where reading the weight is most of the work: codes become levels in
-// registers, are multiplied there, and each block's sum is scaled once.
+// registers, and are multiplied there. Either each block's sum is scaled, once, or its levels are.
 //
 // A stretch (stretch.h) is read at a time, and looked up in kSteps steps. Which code a step has in
 // which lane is for look-ups to say; the activations are put into the same order beforehand. All
@@ -19,7 +19,7 @@ namespace qlora {
 struct InFloat {
   using Element = float;
   using Weights = Floats;
-  static constexpr int kSteps = 8;
+  static constexpr int kSteps = kStretchSteps<float>;
 
   static Floats load_lanes(const float* x) { return load(x); }
   static Floats multiply_add(Floats weights, Floats x, Floats sum) {
@@ -30,6 +30,12 @@ struct InFloat {
     return to_float(x);
   }
   static bool suits(const float*) { return true; }
+};
+
+// Levels that are looked up as they are: it is sums that are scaled.
+struct UnscaledLevels {
+  static constexpr bool kScalesLevels = false;
+  struct Levels {};
 };
 
 // Whether levels may be rounded to bfloat16 before they are scaled, in place of weights after it:
@@ -50,15 +56,13 @@ inline bool levels_suit_bfloat16(const float* codebook) {
   return squares <= 0.36f * levels;
 }
 
-// In float. A 32-bit lane has 8 codes, of which a shift brings one to the lowest bits: the even one
-// of two codes in a byte after the odd one.
-struct FloatSteps : InFloat {
+// In float. A 32-bit lane has 8 codes, of which a shift brings one to the lowest bits.
+struct FloatSteps : InFloat, UnscaledLevels {
   static constexpr int kTogether = 1;  // steps that are looked up at once
-  static constexpr int kLeastBlock = kStretchSteps<float>;
+  static constexpr int kLeastBlock = kSteps;
   // Tokens and rows that are worked on at a time: a register for each pair of them.
   static constexpr int kFew = kLanes == 16 ? 8 : 4;
   static constexpr int kRows = 2;
-  static constexpr int kMost = kLanes == 16 && !kHasTiles ? 14 : 2 * kFew;  // of tokens
 
   Table16 levels;
 
@@ -71,25 +75,12 @@ struct FloatSteps : InFloat {
 };
 
 #if defined(__AVX512BF16__)
-// In bfloat16: one code of each half lane at a time; the halves are multiplied and added together.
-struct PairSteps {
+// In bfloat16: the halves of a lane are multiplied and added together.
+struct InPairs {
   using Element = uint16_t;
   using Weights = __m512bh;
-  static constexpr int kSteps = 4;
-  static constexpr int kTogether = 1;
-  static constexpr int kLeastBlock = kStretchSteps<float>;
-  static constexpr int kFew = 8, kRows = 2;
-  static constexpr int kMost = 14;
+  static constexpr int kSteps = kStretchSteps<uint16_t>;
 
-  Ints levels;
-
-  explicit PairSteps(const float* codebook)
-      : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
-  static int place(int step, int half_lane) { return place_in_stretch<uint16_t>(step, half_lane); }
-  void look_up(Ints codes, int step, __m512bh* weights) const {
-    const Ints words = _mm512_srli_epi16(codes, 4 * step);
-    weights[0] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
-  }
   static __m512bh load_lanes(const uint16_t* x) { return PairArithmetic::load_lanes(x); }
   static Floats multiply_add(__m512bh weights, __m512bh x, Floats sum) {
     return _mm512_dpbf16_ps(sum, weights, x);
@@ -97,15 +88,48 @@ struct PairSteps {
   static uint16_t element(Bfloat16 x) { return x.bits; }
   static bool suits(const float* codebook) { return levels_suit_bfloat16(codebook); }
 };
+
+struct PairSteps : InPairs, UnscaledLevels {
+  static constexpr int kTogether = 1;
+  static constexpr int kLeastBlock = kStretchSteps<float>;
+  static constexpr int kFew = 8, kRows = 2;
+
+  Ints levels;
+
+  explicit PairSteps(const float* codebook)
+      : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
+  static int place(int step, int half_lane) { return place_in_stretch<Element>(step, half_lane); }
+  void look_up(Ints codes, int step, __m512bh* weights) const {
+    const Ints words = _mm512_srli_epi16(codes, 4 * step);
+    weights[0] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
+  }
+};
+#endif
+
+#if defined(__AVX512BW__)
+// Levels are scaled for each stretch, so that the sums of many tokens need not be.
+template <typename Arithmetic, typename Stretch>
+struct ScaledSteps : Arithmetic {
+  using Levels = Stretch;
+  static constexpr bool kScalesLevels = true;
+  static constexpr int kTogether = 1;
+  static constexpr int kLeastBlock = kStretch / 2;
+  static constexpr int kFew = 8, kRows = 2;
+
+  explicit ScaledSteps(const float*) {}
+  static int place(int step, int lane) {
+    return place_in_stretch<typename Arithmetic::Element>(step, lane);
+  }
+  static bool suits(const float*) { return true; }
+};
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512BW__)
 // In float, looked up by bytes: all even codes of the stretch, then the odd ones.
-struct ByteSteps : InFloat {
+struct ByteSteps : InFloat, UnscaledLevels {
   static constexpr int kTogether = 4;
   static constexpr int kLeastBlock = 32;
   static constexpr int kFew = 8, kRows = 1;
-  static constexpr int kMost = 2 * kFew - 1;  // whole panels of tokens suit a Multiplier
 
   FloatTables<float> tables;
 
@@ -127,6 +151,7 @@ class FewTokens {
   static constexpr int kFew = Steps::kFew;
 
   static constexpr int kWidth = kStretch / Steps::kSteps;
+  static constexpr int kStretchBytes = kStretch / 2;
 
   static constexpr int kStrip = 16;  // rows that a thread works on at a time
 
@@ -214,8 +239,8 @@ class FewTokens {
     product_.weight.scales.prefetch_blocks((first + kStrip) * blocks_, kStrip * blocks_);
     Floats totals[kStrip][kTokens];
     std::fill(totals[0], totals[0] + kStrip * kTokens, broadcast(0.0f));
-    constexpr int64_t kStretchBytes = kTokens * kStretch * sizeof(Element);
-    constexpr int64_t kChunk = std::max<int64_t>(kActivationBytes / kStretchBytes, 1);
+    constexpr int64_t kBytes = kTokens * kStretch * sizeof(Element);
+    constexpr int64_t kChunk = std::max<int64_t>(kActivationBytes / kBytes, 1);
     for (int64_t begin = 0; begin < stretches_; begin += kChunk) {
       const int64_t end = std::min(begin + kChunk, stretches_);
       int64_t row = 0;
@@ -240,51 +265,110 @@ class FewTokens {
     }
   }
 
+  // The levels of each row of a stretch, scaled for its halves.
+  template <int kRows, typename Levels>
+  void scale_levels(int64_t stretch, const float* scales, Levels* levels) const {
+    if constexpr (Steps::kScalesLevels) {
+      const int64_t first = stretch * kStretch >> block_bits_;
+      const int64_t second = (stretch * kStretch + kStretch / 2) >> block_bits_;
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row, scales += scale_stride()) {
+        levels[row] = Levels(product_.weight.codebook, scales[first], scales[second]);
+      }
+    }
+  }
+
   // totals (kRows, kTokens) += rows * tokens, over some stretches, which have a sum of their own: a
   // short sum of short sums is the most accurate. Each activation that is loaded serves all rows.
   template <int kRows, int kTokens>
   void add_stretches(int64_t first, int64_t begin, int64_t end, const Element* activations,
                      const float* scales, Floats* totals) const {
-    constexpr int kBytes = kStretch / 2;
     const int64_t row_bytes = product_.depth / 2, whole = std::min(end, product_.depth / kStretch);
     const uint8_t* packed = product_.weight.packed + first * row_bytes;
     Floats sums[kRows * kTokens];
-    std::fill(sums, sums + kRows * kTokens, broadcast(0.0f));
+#pragma GCC unroll 16
+    for (Floats& sum : sums) sum = broadcast(0.0f);
+    typename Steps::Levels levels[kRows], next[kRows];
+    scale_levels<kRows>(begin, scales, next);
     for (int64_t stretch = begin; stretch < whole; ++stretch) {
-      const uint8_t* codes = packed + stretch * kBytes;
+      const uint8_t* codes = packed + stretch * kStretchBytes;
       for (int row = 0; row < kRows; ++row) prefetch(codes + (row + kRowsAhead) * row_bytes);
-      add_stretch<kRows, kTokens>(codes, row_bytes, stretch, activations, scales, sums);
+      std::copy(next, next + kRows, levels);
+      scale_levels<kRows>(stretch + 1, scales, next);  // ahead, so that no look-up waits for it
+      add_stretch<kRows, kTokens>(codes, row_bytes, stretch, activations, levels, scales, sums);
     }
-    if (whole < end) {  // the rows end within a stretch
-      uint8_t last[kRows][kBytes] = {};
-      for (int row = 0; row < kRows; ++row) {
-        const uint8_t* rest = packed + row * row_bytes + whole * kBytes;
-        std::memcpy(last[row], rest, row_bytes - whole * kBytes);
-      }
-      add_stretch<kRows, kTokens>(last[0], kBytes, whole, activations, scales, sums);
-    }
+#pragma GCC unroll 16
     for (int i = 0; i < kRows * kTokens; ++i) totals[i] = totals[i] + sums[i];
+    if (whole < end) add_end<kRows, kTokens>(packed, row_bytes, activations, scales, totals);
+  }
+
+  // The stretch in which rows end. Out of line, so that sums stay in registers elsewhere.
+  template <int kRows, int kTokens>
+  __attribute__((noinline)) void add_end(const uint8_t* packed, int64_t row_bytes,
+                                         const Element* activations, const float* scales,
+                                         Floats* totals) const {
+    const int64_t stretch = product_.depth / kStretch, begin = stretch * kStretchBytes;
+    uint8_t codes[kRows][kStretchBytes] = {};
+    for (int row = 0; row < kRows; ++row) {
+      std::memcpy(codes[row], packed + row * row_bytes + begin, row_bytes - begin);
+    }
+    typename Steps::Levels levels[kRows];
+    scale_levels<kRows>(stretch, scales, levels);
+    add_stretch<kRows, kTokens>(codes[0], kStretchBytes, stretch, activations, levels, scales,
+                                totals);
   }
 
   template <int kRows, int kTokens>
-  void add_stretch(const uint8_t* packed, int64_t row_bytes, int64_t stretch,
-                   const Element* activations, const float* scales, Floats* totals) const {
-    // A single sum would wait for itself in each step.
-    constexpr int kChains = kRows * kTokens == 1 ? 2 : 1;
+  __attribute__((always_inline)) void add_stretch(const uint8_t* packed, int64_t row_bytes,
+                                                  int64_t stretch, const Element* activations,
+                                                  const typename Steps::Levels* levels,
+                                                  [[maybe_unused]] const float* scales,
+                                                  Floats* totals) const {
     Ints codes[kRows];
-    Floats sums[kChains][kRows][kTokens];
 #pragma GCC unroll 2
     for (int row = 0; row < kRows; ++row) {
       std::memcpy(&codes[row], packed + row * row_bytes, sizeof(Ints));
       codes[row] = in_register(codes[row]);
     }
-    std::fill(sums[0][0], sums[0][0] + kChains * kRows * kTokens, broadcast(0.0f));
     const Element* x = activations + stretch * kTokens * kStretch;
+    if constexpr (Steps::kScalesLevels) {
+      add_products<kRows, kTokens, 1>(codes, x, levels, totals);
+    } else {
+      // A single sum would wait for itself in each step.
+      constexpr int kPairs = kRows * kTokens, kChains = kPairs == 1 ? 2 : 1;
+      Floats sums[kChains * kPairs];
+      std::fill(sums, sums + kChains * kPairs, broadcast(0.0f));
+      add_products<kRows, kTokens, kChains>(codes, x, levels, sums);
+      const int64_t block = stretch * kStretch >> block_bits_;
+#pragma GCC unroll 2
+      for (int row = 0; row < kRows; ++row) {
+        const Floats scale =
+            pick_lanes(load(scales + row * scale_stride() + block), block_of_lane_);
+#pragma GCC unroll 8
+        for (int i = row * kTokens; i < (row + 1) * kTokens; ++i) {
+          const Floats sum = kChains == 2 ? sums[i] + sums[kPairs + i] : sums[i];
+          totals[i] = fused_multiply_add(sum, scale, totals[i]);
+        }
+      }
+    }
+  }
+
+  // sums (kChains, kRows, kTokens) += a stretch of rows * tokens.
+  template <int kRows, int kTokens, int kChains>
+  __attribute__((always_inline)) void add_products(
+      const Ints* codes, const Element* x, [[maybe_unused]] const typename Steps::Levels* levels,
+      Floats* sums) const {
 #pragma GCC unroll 8
     for (int step = 0; step < Steps::kSteps; step += Steps::kTogether) {
       typename Steps::Weights weights[kRows][Steps::kTogether];
 #pragma GCC unroll 2
-      for (int row = 0; row < kRows; ++row) steps_.look_up(codes[row], step, weights[row]);
+      for (int row = 0; row < kRows; ++row) {
+        if constexpr (Steps::kScalesLevels) {
+          weights[row][0] = levels[row].look_up(codes[row], step);
+        } else {
+          steps_.look_up(codes[row], step, weights[row]);
+        }
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < Steps::kTogether; ++i, x += kWidth) {
 #pragma GCC unroll 8
@@ -293,21 +377,10 @@ class FewTokens {
           if (kRows > 1) lanes = in_register(lanes);
 #pragma GCC unroll 2
           for (int row = 0; row < kRows; ++row) {
-            Floats& sum = sums[i % kChains][row][t];
+            Floats& sum = sums[(i % kChains * kRows + row) * kTokens + t];
             sum = Steps::multiply_add(weights[row][i], lanes, sum);
           }
         }
-      }
-    }
-    const int64_t block = stretch * kStretch >> block_bits_;
-#pragma GCC unroll 2
-    for (int row = 0; row < kRows; ++row) {
-      const Floats scale = pick_lanes(load(scales + row * scale_stride() + block), block_of_lane_);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        Floats& total = totals[row * kTokens + t];
-        const Floats sum = kChains == 2 ? sums[0][row][t] + sums[1][row][t] : sums[0][row][t];
-        total = fused_multiply_add(sum, scale, total);
       }
     }
   }

@@ -77,14 +77,14 @@ struct Split {
 // What the codes of a stretch stand for in bfloat16.
 class PairStretch {
  public:
+  PairStretch() = default;
   PairStretch(const float* codebook, float first, float second)
       : levels_(reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(load(codebook) * broadcast(second),
                                                            load(codebook) * broadcast(first)))) {}
 
-  void expand(const uint8_t* packed, uint16_t* out) const {
-    for_each_step<uint16_t>(packed, [&](int step, Ints index) {
-      _mm512_storeu_si512(out + step * 2 * kLanes, _mm512_permutexvar_epi16(index, levels_));
-    });
+  __m512bh look_up(Ints codes, int step) const {
+    const Ints index = index_in_step<uint16_t>(codes, step);
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, levels_));
   }
 
  private:

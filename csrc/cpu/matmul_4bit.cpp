@@ -10,40 +10,58 @@ namespace {
 template <typename Value>
 constexpr bool kIsBfloat16 = std::is_same_v<Value, Bfloat16>;
 
+// What multiplies: many tokens in a Format (weight.h), few of them in Ways, the best one first.
+//
+// FewTokens' time grows by a quarter of a decoding with each token; a Multiplier's decoding,
+// through memory, takes two to three times as long, and then a token costs little where tiles
+// multiply bfloat16, and half to two thirds as much as here elsewhere, if it is one of a whole
+// panel. Scaled levels take longer than scaled sums for one token, and less time with each more. So
+// measured at 4096 x 4096 on AMX, AVX-512 (Zen 4) and AVX2 (Zen 3: a Multiplier is as fast at 15
+// tokens, at 12 1.2 times slower, at 16 faster).
+template <typename Tokens, int kLeastTokens, int kMostTokens>
+struct Way {
+  using Steps = Tokens;
+  static constexpr int kLeast = kLeastTokens, kMost = kMostTokens;
+};
+template <typename... Way>
+struct WaysOf {};
+
 #if defined(__AMX_BF16__)
 template <typename Value>
-using BestFormat = Bfloat16Format<Value>;
+using Format = Bfloat16Format<Value>;
 template <typename Value>
-using BestSteps = FloatSteps;
-#elif defined(__AVX512BF16__)
+using Ways = WaysOf<Way<FloatSteps, 1, kIsBfloat16<Value> ? 6 : 16>>;
+#elif defined(__AVX512BW__)
+using FloatWays =
+    WaysOf<Way<ScaledSteps<InFloat, FloatStretch<float>>, 6, 16>, Way<FloatSteps, 1, 14>>;
+#if defined(__AVX512BF16__)
 template <typename Value>
-using BestFormat =
-    std::conditional_t<kIsBfloat16<Value>, Bfloat16Format<Value>, FloatFormat<Value>>;
+using Format = std::conditional_t<kIsBfloat16<Value>, Bfloat16Format<Value>, FloatFormat<Value>>;
+using PairWays = WaysOf<Way<ScaledSteps<InPairs, PairStretch>, 5, 16>, Way<PairSteps, 1, 14>,
+                        Way<FloatSteps, 1, 14>>;
 template <typename Value>
-using BestSteps = std::conditional_t<kIsBfloat16<Value>, PairSteps, FloatSteps>;
+using Ways = std::conditional_t<kIsBfloat16<Value>, PairWays, FloatWays>;
 #else
 template <typename Value>
-using BestFormat = FloatFormat<Value>;
+using Format = FloatFormat<Value>;
 template <typename Value>
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-using BestSteps = ByteSteps;
+using Ways = FloatWays;
+#endif
 #else
-using BestSteps = FloatSteps;
+template <typename Value>
+using Format = FloatFormat<Value>;
+#if defined(__AVX2__)
+template <typename Value>
+using Ways = WaysOf<Way<ByteSteps, 1, 15>, Way<FloatSteps, 1, 15>>;
+#else
+template <typename Value>
+using Ways = WaysOf<Way<FloatSteps, 1, 8>>;
 #endif
 #endif
 
-// Up to here products go through FewTokens. Its time grows by a quarter of a decoding with each
-// token; a Multiplier's decoding, through memory, takes two to three times as long, and then a
-// token costs little where tiles multiply bfloat16, and half to two thirds as much as here
-// elsewhere, if it is one of a whole panel. So measured at 4096 x 4096: on AVX2 (Zen 3, float32) as
-// fast at 15 tokens, 1.2 times at 12, 0.75 to 0.95 at 16; on AVX-512 (Zen 4) as fast at 14
-// (bfloat16) and 15 (float32), 1.2 times at 12, 0.9 at 16; and on AMX.
-template <typename Value>
-constexpr int64_t kFewest = kHasTiles && kIsBfloat16<Value> ? 6 : BestSteps<Value>::kMost;
-
-// Few tokens are multiplied by levels before these are scaled, and those sums must neither overflow
-// nor lose bits below 2^-126. Tiles take numbers below that for zero, and the last plane of a float
-// is 2^-18 of it or less.
+// Where levels are multiplied before they are scaled, their sums must neither overflow nor lose
+// bits below 2^-126. Tiles take numbers below that for zero, and the last plane of a float is 2^-18
+// of it or less.
 template <typename Value>
 bool has_extreme_token(const Product<Value>& product) {
   for (int64_t token = 0; token < product.tokens; ++token) {
@@ -51,6 +69,23 @@ bool has_extreme_token(const Product<Value>& product) {
     if (largest > 0 && !(largest >= 0x1p-60f && largest <= 0x1p110f)) return true;
   }
   return false;
+}
+
+// Takes this way, if it suits the product.
+template <typename Way, typename Value>
+bool multiply_few(const Product<Value>& product, int threads, Status* status) {
+  using Few = FewTokens<typename Way::Steps, Value>;
+  const Weight& weight = product.weight;
+  const bool suits = Way::kLeast <= product.tokens && product.tokens <= Way::kMost &&
+                     Few::fits(weight) && Way::Steps::suits(weight.codebook) &&
+                     (Way::Steps::kScalesLevels || !has_extreme_token(product));
+  if (suits) *status = Few(product, threads).run();
+  return suits;
+}
+
+template <typename Value, typename... Way>
+bool multiply_few(const Product<Value>& product, int threads, Status* status, WaysOf<Way...>) {
+  return (multiply_few<Way>(product, threads, status) || ...);
 }
 
 template <typename Format, typename Value>
@@ -81,24 +116,12 @@ int matmul_4bit(const void* x, int dtype, int64_t tokens, const uint8_t* packed,
                            weight};
     if (transposed) std::swap(product.depth, product.outputs);
     if (tokens == 0 || product.outputs == 0) return int{kOk};
-    using Format = BestFormat<Value>;
-    using Steps = BestSteps<Value>;
-    const bool is_few = !transposed && tokens <= kFewest<Value>;
-    const bool is_extreme = (is_few || Format::kPlanes > 1) && has_extreme_token(product);
-    if (is_few && !is_extreme) {
-      if (Steps::suits(codebook) && FewTokens<Steps, Value>::fits(weight)) {
-        return int{FewTokens<Steps, Value>(product, threads).run()};
-      }
-      if constexpr (!std::is_same_v<Steps, FloatSteps>) {
-        if (FewTokens<FloatSteps, Value>::fits(weight)) {
-          return int{FewTokens<FloatSteps, Value>(product, threads).run()};
-        }
-      }
-    }
-    if (Format::kPlanes > 1 && is_extreme) {
+    Status status = kOk;
+    if (!transposed && multiply_few(product, threads, &status, Ways<Value>())) return int{status};
+    if (Format<Value>::kPlanes > 1 && has_extreme_token(product)) {
       return int{multiply<FloatFormat<Value>>(product, transposed, threads)};
     }
-    return int{multiply<Format>(product, transposed, threads)};
+    return int{multiply<Format<Value>>(product, transposed, threads)};
   });
 }
 

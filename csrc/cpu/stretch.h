@@ -53,29 +53,31 @@ void decode_stretches(const Weight& weight, int64_t row, int64_t begin, int64_t 
     const float first = weight.scales[position >> block_bits];
     const float second = weight.scales[(position + kStretch / 2) >> block_bits];
     const Stretch stretch(weight.codebook, first, second);
-    stretch.expand(weight.packed + position / 2, out);
-    out += kStretch;
+    Ints codes;
+    std::memcpy(&codes, weight.packed + position / 2, sizeof codes);
+#pragma GCC unroll 8
+    for (int step = 0; step < kStretchSteps<Element>; ++step) {
+      const auto lanes = stretch.look_up(codes, step);
+      std::memcpy(out, &lanes, sizeof lanes);
+      out += kStretchWidth<Element>;
+    }
   }
 }
 
 #if defined(__AVX512BW__)
 
-// Calls look_up(step, index) for each step: the lowest 5 bits of a lane, of the width of Element,
-// are its code, and above it 1 in the second half of the stretch.
-template <typename Element, typename Function>
-void for_each_step(const uint8_t* packed, Function look_up) {
+// What a step looks up: the lowest 5 bits of a lane, as wide as Element, are its code, and above it
+// 1 in the second half of the stretch.
+template <typename Element>
+Ints index_in_step(Ints codes, int step) {
   constexpr bool kIsWord = sizeof(Element) == 2;
-  const Ints codes = _mm512_loadu_si512(packed);
   const Ints lowest_4_bits = kIsWord ? _mm512_set1_epi16(15) : broadcast(15);
   const __m256i sixteens = kIsWord ? _mm256_set1_epi16(16) : _mm256_set1_epi32(16);
   const Ints half = _mm512_inserti64x4(broadcast(0), sixteens, 1);
-#pragma GCC unroll 8
-  for (int step = 0; step < kStretchSteps<Element>; ++step) {
-    const Ints shifted =
-        kIsWord ? _mm512_srli_epi16(codes, 4 * step) : _mm512_srli_epi32(codes, 4 * step);
-    // The truth table of shifted & lowest_4_bits | half.
-    look_up(step, _mm512_ternarylogic_epi32(shifted, lowest_4_bits, half, (0xf0 & 0xcc) | 0xaa));
-  }
+  const Ints shifted =
+      kIsWord ? _mm512_srli_epi16(codes, 4 * step) : _mm512_srli_epi32(codes, 4 * step);
+  // The truth table of shifted & lowest_4_bits | half.
+  return _mm512_ternarylogic_epi32(shifted, lowest_4_bits, half, (0xf0 & 0xcc) | 0xaa);
 }
 
 // What the codes of a stretch stand for in float, as rounded to Value. Other elements:
@@ -83,14 +85,13 @@ void for_each_step(const uint8_t* packed, Function look_up) {
 template <typename Value>
 class FloatStretch {
  public:
+  FloatStretch() = default;
   FloatStretch(const float* codebook, float first, float second)
       : first_(rounded<Value>(load(codebook) * broadcast(first))),
         second_(rounded<Value>(load(codebook) * broadcast(second))) {}
 
-  void expand(const uint8_t* packed, float* out) const {
-    for_each_step<float>(packed, [&](int step, Ints index) {
-      store(out + step * kLanes, _mm512_permutex2var_ps(first_, index, second_));
-    });
+  Floats look_up(Ints codes, int step) const {
+    return _mm512_permutex2var_ps(first_, index_in_step<float>(codes, step), second_);
   }
 
  private:
