@@ -64,10 +64,8 @@ class Multiplier {
   static constexpr int kPair = Format::kPair;
   static constexpr bool kHasOrder = Format::kHasStretches && !kTransposed;
 
-  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns. Sums
-  // of kBlock outputs stay in the L2 cache meanwhile: whole groups of rows, or of panels.
-  static constexpr int64_t kUnit = kTransposed ? 2 * kLanes : Format::kGroup;
-  static constexpr int64_t kBlock = kTransposed ? 512 : 256 / kUnit * kUnit;
+  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
+  static constexpr int64_t kBlock = kTransposed ? 512 : 256;
   static constexpr int64_t kWeights =
       kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
 
@@ -84,7 +82,7 @@ class Multiplier {
                                   : token_step_ / kLanes * Format::kPanelStride;
     activation_plane_ = chunks_ * chunk_elements_;
     const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
-    output_step_ = std::min(round_up(share, kUnit), kBlock);
+    output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
     sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
     sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
   }
