@@ -26,7 +26,7 @@ OPERATION = "matmul_4bit"
 LONG_ON_SIMULATED_GPUS = True
 
 # Kernels take one to 16 tokens in registers, 16 to a panel, and up to 1024 at a time; depths in
-# chunks of 256, outputs in blocks of 240 or 512.
+# chunks of 256, outputs in blocks of 256 or 512.
 FEW = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17)
 MANY_TOKENS = 1030
 
