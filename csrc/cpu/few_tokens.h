@@ -260,7 +260,7 @@ class FewTokens {
 
   void restore_scales(int64_t first, int64_t rows, float* scales) const {
     for (int64_t row = first; row < first + rows; ++row, scales += scale_stride()) {
-      for (int64_t i = 0; i < blocks_; ++i) scales[i] = product_.weight.scales[row * blocks_ + i];
+      product_.weight.scales.restore(row * blocks_, blocks_, scales);
       std::fill(scales + blocks_, scales + scale_stride(), 0.0f);
     }
   }
