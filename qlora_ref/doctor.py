@@ -74,19 +74,19 @@ def _serves(operation: str, device: str) -> dict[str, Any]:
 
 def _advice() -> list[str]:
     advice = []
-    available: tuple[str, ...] = ()
     try:
-        available = native.available_isas(native.FOLDER)
+        available, isa = native.available_isas(native.FOLDER), forced_isa()
     except native.BackendUnavailable:
         has_compiler = any(shutil.which(tool) for tool in ("g++", "clang++", "c++"))
         advice.append(
             "the C++ kernels are not there: "
             + ("reinstall the package to build them" if has_compiler else "install a C++ compiler")
         )
+    else:
+        if isa is not None and isa not in available:
+            advice.append(f"{isa} does not run here; unset QLORA_REF_ISA for {available[-1]}")
     if installed_version("transformers") is None:
         advice.append("to fine-tune: pip install 'qlora_ref[train]'")
-    if available and (isa := forced_isa()) is not None and isa not in available:
-        advice.append(f"{isa} does not run here; unset QLORA_REF_ISA for {available[-1]}")
     if (forced := forced_backend()) is not None:
         advice.append(f"{forced} is forced; unset QLORA_REF_BACKEND for the default")
     return advice

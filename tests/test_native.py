@@ -18,7 +18,7 @@ from compare import DTYPES, assert_same_bits, normal, round_to
 from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_products, all_results
 from torch import Tensor
 
-from qlora_ref import dispatch, native
+from qlora_ref import codebooks, dispatch, native
 from qlora_ref.matmul_plan import Kernel
 from qlora_ref.native_operations import DTYPES as DTYPE_NUMBERS
 from qlora_ref.native_operations import CpuOperations, raise_error
@@ -226,6 +226,55 @@ def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(run, range(12)):
             assert_all_same(results, expected)
+
+
+def test_other_python_threads_run_meanwhile(cpu: CpuOperations) -> None:
+    packed, table = torch.full((1 << 21,), 0x5A, dtype=torch.uint8), codebooks.nf4_codebook()
+    weight = (packed, torch.ones(1 << 16), table, 64, (2048, 2048), None, False, None, None, None)
+    x, is_done = torch.ones(512, 2048), False
+
+    def multiply() -> None:  # takes 20 ms or more
+        nonlocal is_done
+        cpu.matmul_4bit(x, *weight)
+        is_done = True
+
+    rounds = 0
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(multiply)
+        while not is_done:
+            rounds += 1
+            time.sleep(0.001)
+    assert rounds >= 5  # with the interpreter's lock held, one or two before the call
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_product_needs_at_most_8_mib_for_each_thread(isa: str) -> None:
+    # A whole weight would take 16 MiB or more beyond that in 16 bits.
+    script = """
+from itertools import product
+from pathlib import Path
+import torch
+from qlora_ref import codebooks, ops
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+torch.set_num_threads(2)
+nf4, most = codebooks.nf4_codebook(), 0
+packed, absmax = torch.full((1 << 23,), 0x5A, dtype=torch.uint8), torch.ones(1 << 18)
+dtypes = torch.float32, torch.bfloat16, torch.float16
+for tokens, dtype, transposed in product((1, 16, 64, 1024), dtypes, (False, True)):
+    x = torch.ones(tokens, 4096, dtype=dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what it is now
+    before = status("VmRSS")
+    y = ops.matmul_4bit(
+        x, packed, absmax, nf4, block_size=64, shape=(4096, 4096), transposed=transposed
+    )
+    most = max(most, status("VmHWM") - before - y.nbytes)
+print(most)
+"""
+    assert int(run_python(script, QLORA_REF_ISA=isa)) <= 2 * (8 << 20)
 
 
 SCRIPT = """
