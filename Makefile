@@ -10,7 +10,7 @@ COMPILE_NOTHING = QLORA_REF_BUILD_CPU=0 QLORA_REF_BUILD_CUDA=0
 # Processes that share the tests, each on one thread and in 3 GiB of memory.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/test/bin/python -m pytest -n $(WORKERS) --dist worksteal
-OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py) tests/test_matmul_4bit.py tests/test_adamw_step.py
+OPERATION_TESTS = $(wildcard tests/test_*quantize_*bit.py tests/test_matmul_4bit*.py) tests/test_adamw_step.py
 
 .PHONY: demo test test-slow sanitize count-instructions bench docs notebooks study pictures lint clean
 .DELETE_ON_ERROR:
