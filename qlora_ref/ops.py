@@ -201,7 +201,8 @@ def matmul_4bit(
     the float64 product with the float32 W is at most twice that of `torch.matmul` with the W of
     `dequantize_4bit` in the dtype of x; where CUDA's tensor cores multiply many tokens, levels and
     scales are rounded to that dtype as well, levels alone where AVX-512 BF16 multiplies few, and it
-    is at most three times that error.
+    is at most three times that error. AVX-512 BF16 and AMX take bfloat16 numbers below 2^-126 for
+    zero.
     Differentiable, any number of times, with respect to x and bias; `torch.func.vmap` works over x.
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.

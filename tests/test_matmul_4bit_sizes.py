@@ -66,9 +66,9 @@ def test_block_sizes(transposed: bool, block_size: int, device: str) -> None:
         assert_is_accurate(x, weight, weight.dense(), device, transposed)
 
 
-# Rows of whole vectors of codes, of which each half, or each, or two lie in one block: they may be
-# restored in an order of their own.
-@pytest.mark.parametrize("size", [(29, 384, 64), (26, 256, 128), (50, 512, 256)], ids=str)
+# Rows of whole vectors of codes, of which each half, or each, lies in one block, or blocks cross
+# rows: they may be restored in an order of their own.
+@pytest.mark.parametrize("size", [(29, 384, 64), (26, 256, 128), (50, 384, 256)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_whole_vectors(
@@ -110,6 +110,21 @@ def test_long_sums_of_one_sign(transposed: bool, tokens: int, device: str) -> No
     dense = dequantize_4bit(weight.packed, weight.absmax, weight.codebook, 64, shape)
     x = normal(tokens, 8192, seed=3).abs()
     assert_is_accurate(x, weight, dense, device, transposed)
+
+
+# Kernels that work on whole vectors of codes fill them up where a row ends.
+@pytest.mark.parametrize("tokens", [1, 8, 20])
+@pytest.mark.parametrize("row", [(192, 64), (72, 8)], ids=str)
+def test_an_infinite_level_that_no_code_names(
+    row: tuple[int, int], tokens: int, device: str
+) -> None:
+    columns, block_size = row
+    weight = random_weight(5, columns, block_size)
+    weight.packed.bitwise_or_(0x11)
+    x = normal(tokens, columns, seed=3)
+    finite = matmul_4bit(x.to(device), **weight.arguments(device))
+    weight.codebook[0] = -torch.inf
+    assert_same_bits(matmul_4bit(x.to(device), **weight.arguments(device)), finite)
 
 
 # Halfway between two bfloat16 numbers, and all of them are rounded down: where levels are rounded

@@ -231,19 +231,17 @@ def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:
 def test_other_python_threads_run_meanwhile(cpu: CpuOperations) -> None:
     packed, table = torch.full((1 << 21,), 0x5A, dtype=torch.uint8), codebooks.nf4_codebook()
     weight = (packed, torch.ones(1 << 16), table, 64, (2048, 2048), None, False, None, None, None)
-    x, is_done = torch.ones(512, 2048), False
-
-    def multiply() -> None:  # takes 20 ms or more
-        nonlocal is_done
-        cpu.matmul_4bit(x, *weight)
-        is_done = True
-
-    rounds = 0
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(multiply)
-        while not is_done:
-            rounds += 1
-            time.sleep(0.001)
+    x, rounds, before = torch.ones(1024, 2048), 0, torch.get_num_threads()
+    torch.set_num_threads(1)  # takes 20 ms or more
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            product = pool.submit(cpu.matmul_4bit, x, *weight)
+            while not product.done():
+                rounds += 1
+                time.sleep(0.001)
+        product.result()
+    finally:
+        torch.set_num_threads(before)
     assert rounds >= 5  # with the interpreter's lock held, one or two before the call
 
 

@@ -137,8 +137,8 @@ void step_block(const Rule& rule, int64_t block, int64_t count, const Grad* grad
     read_ahead(grad + i);
     read_ahead(param + i);
     const Floats g = load(grad + i, part);
-    const Floats old_m = look_up(first.codebook, load(first_codes + i, part)) * first_scale;
-    const Floats old_v = look_up(second.codebook, load(second_codes + i, part)) * second_scale;
+    const Floats old_m = look_up(first.codebook, first_codes + i, part) * first_scale;
+    const Floats old_v = look_up(second.codebook, second_codes + i, part) * second_scale;
     store(m + i, rule.first_moment(old_m, g), part);
     store(v + i, rule.second_moment(old_v, g), part);
   });

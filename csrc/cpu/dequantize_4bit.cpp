@@ -44,7 +44,8 @@ int dequantize_4bit(const uint8_t* packed, const void* absmax, const float* nest
     // The kernel has just zeroed a fresh page: it is in the caches, and stays there until it is
     // written. Other pages would only pass through them, and be read first.
     const bool is_fresh = prepare_fresh(y, n * value_bytes);
-    const bool streams = !is_fresh && can_stream(values, block_size);
+    const bool streams =
+        !is_fresh && n * value_bytes > kCachedOutput && can_stream(values, block_size);
     const int64_t cached = streams ? kCachedOutput / value_bytes / block_size / threads : n;
     for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
       const int64_t middle = std::min(first + cached, last);

@@ -164,7 +164,7 @@ void dequantize_block_8bit(const uint8_t* codes, int64_t count, float absmax, co
   const Floats scale = broadcast(absmax);
   for_each_vector(count, [&](int64_t i, auto part) {
     read_ahead(y + i);
-    store(y + i, look_up(codebook, load(codes + i, part)) * scale, part);
+    store(y + i, look_up(codebook, codes + i, part) * scale, part);
   });
 }
 

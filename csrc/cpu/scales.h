@@ -38,7 +38,7 @@ struct Scales {
       const uint8_t* codes = static_cast<const uint8_t*>(absmax) + first;
       const Floats scale = broadcast(nested_absmax[nested]);
       for_each_vector(here, [=](int64_t i, auto part) {
-        store(scales + i, look_up(nested_codebook, load(codes + i, part)) * scale + added, part);
+        store(scales + i, look_up(nested_codebook, codes + i, part) * scale + added, part);
       });
       first += here;
       scales += here;

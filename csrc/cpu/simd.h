@@ -2,7 +2,8 @@
 //
 //   Floats, Ints       kLanes floats, or as many 32-bit integers; + - * / work on Floats
 //   load, store        kLanes values of float, Bfloat16 or Float16, widened exactly, rounded once;
-//                      or kLanes bytes, as integers
+//                      store also integers, as bytes
+//   look_up            what a table has at kLanes indices
 //   load_first,        the first `count` of them (0 to kLanes); what lies behind is not touched,
 //   store_first        and is read as 0
 //   for_each_vector    a loop over an array: load and store take All or First from it
@@ -80,6 +81,15 @@ auto load(const Value* x, All) {
 template <typename Value>
 auto load(const Value* x, First part) {
   return load_first(x, part.count);
+}
+
+inline Floats look_up(const float* table, const uint8_t* indices, All) {
+  return look_up(table, indices);
+}
+inline Floats look_up(const float* table, const uint8_t* indices, First part) {
+  uint8_t lanes[kLanes] = {};
+  std::memcpy(lanes, indices, part.count);
+  return look_up(table, lanes);
 }
 
 template <typename Value, typename Vector>

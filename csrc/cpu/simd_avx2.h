@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "eight_loads.h"
 
 namespace qlora {
 
@@ -73,7 +73,7 @@ inline Ints largest_of_each(const Ints* x) {
 // The lanes of a vector in general registers, two in each.
 class Indices {
  public:
-  explicit Indices(Ints x) {
+  explicit Indices(__m256i x) {
     const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
     pairs_[0] = _mm_cvtsi128_si64(low);
     pairs_[1] = _mm_extract_epi64(low, 1);
@@ -86,17 +86,15 @@ class Indices {
   uint64_t pairs_[4];
 };
 
-// Lane i is table[indices[i]]. On Zen 3 eight loads take two thirds of a gathering instruction's
-// time.
+// Lane i is table[indices[i]].
 inline Floats look_up(const float* table, Ints indices) {
-  const Indices at(indices);
-  return _mm256_setr_ps(table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]],
-                        table[at[5]], table[at[6]], table[at[7]]);
+  return look_up_eight(table, Indices(indices));
+}
+inline Floats look_up(const float* table, const uint8_t* indices) {
+  return look_up_eight(table, EightBytes(indices));
 }
 inline Ints look_up(const int32_t* table, Ints indices) {
-  const Indices at(indices);
-  return _mm256_setr_epi32(table[at[0]], table[at[1]], table[at[2]], table[at[3]], table[at[4]],
-                           table[at[5]], table[at[6]], table[at[7]]);
+  return look_up_eight(table, Indices(indices));
 }
 
 // Lane i is x[lanes[i]].
@@ -117,10 +115,7 @@ inline float sum(Floats x) {
 inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm256_storeu_ps(y, x); }
 
-// Bytes become integers, and integers below 256 bytes.
-inline Ints load(const uint8_t* x) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
-}
+// Integers below 256 become bytes.
 inline void store(uint8_t* y, Ints x) {
   const Ints pairs = _mm256_packus_epi32(x, x);
   const Ints bytes = _mm256_packus_epi16(pairs, pairs);  // four in the lowest bytes of each half

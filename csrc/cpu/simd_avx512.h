@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "eight_loads.h"
 
 namespace qlora {
 
@@ -79,6 +79,11 @@ inline Floats look_up(const float* table, Ints indices) {
 inline Ints look_up(const int32_t* table, Ints indices) {
   return _mm512_i32gather_epi32(indices, table, sizeof(int32_t));
 }
+inline Floats look_up(const float* table, const uint8_t* indices) {
+  const __m256 low = look_up_eight(table, EightBytes(indices));
+  const __m256 high = look_up_eight(table, EightBytes(indices + 8));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
 
 // Lane i is x[lanes[i]].
 inline Floats pick_lanes(Floats x, Ints lanes) { return _mm512_permutexvar_ps(lanes, x); }
@@ -94,10 +99,7 @@ inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
 
-// Bytes become integers, and integers below 256 bytes.
-inline Ints load(const uint8_t* x) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
+// Integers below 256 become bytes.
 inline void store(uint8_t* y, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(x));
 }

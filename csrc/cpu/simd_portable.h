@@ -62,6 +62,9 @@ inline int32_t largest(Ints x) { return std::max(std::max(x[0], x[1]), std::max(
 inline Floats look_up(const float* table, Ints indices) {
   return Floats{table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]]};
 }
+inline Floats look_up(const float* table, const uint8_t* indices) {
+  return Floats{table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]]};
+}
 inline Ints look_up(const int32_t* table, Ints indices) {
   return Ints{table[indices[0]], table[indices[1]], table[indices[2]], table[indices[3]]};
 }
@@ -98,8 +101,7 @@ inline void store(float* y, Floats x) {
   std::memcpy(y, &x, sizeof x);
 }
 
-// Bytes become integers, and integers below 256 bytes.
-inline Ints load(const uint8_t* x) { return Ints{x[0], x[1], x[2], x[3]}; }
+// Integers below 256 become bytes.
 inline void store(uint8_t* y, Ints x) {
   for (int i = 0; i < kLanes; ++i) y[i] = static_cast<uint8_t>(x[i]);
 }

@@ -39,8 +39,7 @@ void order_stretch(const Element* x, Element* ordered) {
 // Whether rows are whole stretches, of which each half lies in one block.
 inline bool has_whole_stretches(const Weight& weight) {
   const int64_t block = weight.block_size;
-  return block >= kStretch / 2 && (block & (block - 1)) == 0 && weight.columns % block == 0 &&
-         weight.columns % kStretch == 0;
+  return block >= kStretch / 2 && (block & (block - 1)) == 0 && weight.columns % kStretch == 0;
 }
 
 // As decode_row, for whole stretches.
