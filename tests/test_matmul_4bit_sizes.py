@@ -10,7 +10,6 @@ import torch
 from compare import (
     DTYPES,
     ERROR_RATIO,
-    TENSOR_CORE_ERROR_RATIO,
     Weight,
     assert_error_at_most_twice_torch,
     assert_same_bits,
@@ -19,10 +18,10 @@ from compare import (
     random_bytes,
     random_weight,
 )
+from test_matmul_4bit import error_ratio
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlora_ref.dispatch import forced_backend
 from qlora_ref.ops import dequantize_4bit, matmul_4bit
 
 OPERATION = "matmul_4bit"
@@ -84,10 +83,9 @@ def test_rows_of_whole_vectors(
 ) -> None:
     rows, columns, block_size = size
     weight = random_weight(rows, columns, block_size, nested=True)
-    on_tensor_cores = forced_backend() == "cuda" and dtype != torch.float32
-    ratio = TENSOR_CORE_ERROR_RATIO if on_tensor_cores else ERROR_RATIO
     for tokens in (3, 17, 40):
         x = normal(tokens, rows if transposed else columns, seed=3, dtype=dtype)
+        ratio = error_ratio(dtype, tokens, transposed)
         assert_is_accurate(x, weight, weight.dense(), device, transposed, ratio)
 
 

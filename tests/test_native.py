@@ -249,14 +249,12 @@ def test_other_python_threads_run_meanwhile(cpu: CpuOperations) -> None:
 def test_a_product_needs_at_most_8_mib_for_each_thread(isa: str) -> None:
     # A whole weight would take 16 MiB or more beyond that in 16 bits.
     script = """
+import sys
 from itertools import product
-from pathlib import Path
 import torch
 from qlora_ref import codebooks, ops
-
-def status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+sys.path.insert(0, "tests")
+from test_memory_model import grown
 
 torch.set_num_threads(2)
 nf4, most = codebooks.nf4_codebook(), 0
@@ -264,12 +262,9 @@ packed, absmax = torch.full((1 << 23,), 0x5A, dtype=torch.uint8), torch.ones(1 <
 dtypes = torch.float32, torch.bfloat16, torch.float16
 for tokens, dtype, transposed in product((1, 16, 64, 1024), dtypes, (False, True)):
     x = torch.ones(tokens, 4096, dtype=dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what it is now
-    before = status("VmRSS")
-    y = ops.matmul_4bit(
-        x, packed, absmax, nf4, block_size=64, shape=(4096, 4096), transposed=transposed
-    )
-    most = max(most, status("VmHWM") - before - y.nbytes)
+    arguments = (packed, absmax, nf4, 64, (4096, 4096))
+    growth = grown(lambda: ops.matmul_4bit(x, *arguments, transposed=transposed))
+    most = max(most, growth - x.nbytes)  # y is as large
 print(most)
 """
     assert int(run_python(script, QLORA_REF_ISA=isa)) <= 2 * (8 << 20)

@@ -82,11 +82,7 @@ class FewTokens {
         const Value* x = product_.x + (token + t) * product_.depth + begin;
         Element stretch[kStretch] = {};
         for (int i = 0; i < count; ++i) stretch[i] = Steps::element(x[i]);
-        for (int step = 0; step < Steps::kSteps; ++step) {
-          for (int i = 0; i < kWidth; ++i) {
-            out[step * kWidth + i] = stretch[Steps::place(step, i)];
-          }
-        }
+        order_stretch(stretch, Steps::place, out);
       }
     }
   }

@@ -18,12 +18,12 @@ constexpr bool kIsBfloat16 = std::is_same_v<Value, Bfloat16>;
 // panel. Scaled levels take longer than scaled sums for one token, and less time with each more. So
 // measured at 4096 x 4096, with blocks of 64, on AMX, AVX-512 (Zen 4) and AVX2 (Zen 3: a Multiplier
 // is as fast at 15 tokens, at 12 1.2 times slower, at 16 faster).
-template <typename Tokens, int kLeastTokens, int kMostTokens>
+template <typename ItsSteps, int kLeastTokens, int kMostTokens>
 struct Way {
-  using Steps = Tokens;
+  using Steps = ItsSteps;
   static constexpr int kLeast = kLeastTokens, kMost = kMostTokens;
 };
-template <typename... Way>
+template <typename... Each>
 struct WaysOf {};
 
 #if defined(__AMX_BF16__)
@@ -72,20 +72,20 @@ bool has_extreme_token(const Product<Value>& product) {
 }
 
 // Takes this way, if it suits the product.
-template <typename Way, typename Value>
+template <typename Chosen, typename Value>
 bool multiply_few(const Product<Value>& product, int threads, Status* status) {
-  using Few = FewTokens<typename Way::Steps, Value>;
+  using Few = FewTokens<typename Chosen::Steps, Value>;
   const Weight& weight = product.weight;
-  const bool suits = Way::kLeast <= product.tokens && product.tokens <= Way::kMost &&
-                     Few::fits(weight) && Way::Steps::suits(weight.codebook) &&
-                     (Way::Steps::kScalesLevels || !has_extreme_token(product));
+  const bool suits = Chosen::kLeast <= product.tokens && product.tokens <= Chosen::kMost &&
+                     Few::fits(weight) && Chosen::Steps::suits(weight.codebook) &&
+                     (Chosen::Steps::kScalesLevels || !has_extreme_token(product));
   if (suits) *status = Few(product, threads).run();
   return suits;
 }
 
-template <typename Value, typename... Way>
-bool multiply_few(const Product<Value>& product, int threads, Status* status, WaysOf<Way...>) {
-  return (multiply_few<Way>(product, threads, status) || ...);
+template <typename Value, typename... Each>
+bool multiply_few(const Product<Value>& product, int threads, Status* status, WaysOf<Each...>) {
+  return (multiply_few<Each>(product, threads, status) || ...);
 }
 
 template <typename Format, typename Value>

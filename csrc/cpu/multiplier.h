@@ -148,7 +148,7 @@ class Multiplier {
     for (int64_t row = 0; row < rows; ++row, x += Format::kRowStride) {
       for (int k = 0; k < depth; k += kStretch) {
         Element ordered[kStretch];
-        order_stretch(x + k, ordered);
+        order_stretch(x + k, place_in_stretch<Element>, ordered);
         std::memcpy(x + k, ordered, sizeof ordered);
       }
     }

@@ -73,7 +73,7 @@ inline Ints largest_of_each(const Ints* x) {
 // The lanes of a vector in general registers, two in each.
 class Indices {
  public:
-  explicit Indices(__m256i x) {
+  explicit Indices(Ints x) {
     const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
     pairs_[0] = _mm_cvtsi128_si64(low);
     pairs_[1] = _mm_extract_epi64(low, 1);

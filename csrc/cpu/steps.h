@@ -15,6 +15,8 @@ struct InFloat {
   using Weights = Floats;
   static constexpr int kSteps = kStretchSteps<float>;
 
+  // The code's place in the stretch.
+  static int place(int step, int lane) { return place_in_stretch<float>(step, lane); }
   static Floats load_lanes(const float* x) { return load(x); }
   static Floats multiply_add(Floats weights, Floats x, Floats sum) {
     return fused_multiply_add(weights, x, sum);
@@ -61,8 +63,6 @@ struct FloatSteps : InFloat, UnscaledLevels {
   Table16 levels;
 
   explicit FloatSteps(const float* codebook) : levels(codebook) {}
-  // The code's place in the stretch.
-  static int place(int step, int lane) { return place_in_stretch<float>(step, lane); }
   void look_up(Ints codes, int step, Floats* weights) const {
     weights[0] = levels[shift_right(codes, 4 * step)];
   }
@@ -75,6 +75,7 @@ struct InPairs {
   using Weights = __m512bh;
   static constexpr int kSteps = kStretchSteps<uint16_t>;
 
+  static int place(int step, int half_lane) { return place_in_stretch<uint16_t>(step, half_lane); }
   static __m512bh load_lanes(const uint16_t* x) { return PairArithmetic::load_lanes(x); }
   static Floats multiply_add(__m512bh weights, __m512bh x, Floats sum) {
     return _mm512_dpbf16_ps(sum, weights, x);
@@ -92,7 +93,6 @@ struct PairSteps : InPairs, UnscaledLevels {
 
   explicit PairSteps(const float* codebook)
       : levels(_mm512_broadcast_i64x4(narrow_to_bfloat16(load(codebook)))) {}
-  static int place(int step, int half_lane) { return place_in_stretch<Element>(step, half_lane); }
   void look_up(Ints codes, int step, __m512bh* weights) const {
     const Ints words = _mm512_srli_epi16(codes, 4 * step);
     weights[0] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, levels));
@@ -111,9 +111,6 @@ struct ScaledSteps : Arithmetic {
   static constexpr int kFew = 8, kRows = 2;
 
   explicit ScaledSteps(const float*) {}
-  static int place(int step, int lane) {
-    return place_in_stretch<typename Arithmetic::Element>(step, lane);
-  }
   static bool suits(const float*) { return true; }
 };
 #endif

@@ -25,14 +25,13 @@ constexpr int place_in_stretch(int step, int lane) {
   return lane * kStretchSteps<Element> + (step ^ 1);
 }
 
-// Puts the elements of a stretch into the order in which its codes are looked up.
-template <typename Element>
-void order_stretch(const Element* x, Element* ordered) {
+// Puts the elements of a stretch into the order in which its codes are looked up: where `place`
+// says which of them a step finds in a lane.
+template <typename Element, typename Place>
+void order_stretch(const Element* x, Place place, Element* ordered) {
   constexpr int kWidth = kStretchWidth<Element>;
   for (int step = 0; step < kStretchSteps<Element>; ++step) {
-    for (int lane = 0; lane < kWidth; ++lane) {
-      ordered[step * kWidth + lane] = x[place_in_stretch<Element>(step, lane)];
-    }
+    for (int lane = 0; lane < kWidth; ++lane) ordered[step * kWidth + lane] = x[place(step, lane)];
   }
 }
 
