@@ -7,9 +7,11 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 
 #include "format_bfloat16.h"
 #include "format_float.h"
+#include "outputs_left.h"
 #include "product.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -23,8 +25,14 @@ namespace qlora {
 constexpr int64_t kMostTokens = 1024;
 constexpr int64_t kActivationBytes = int64_t{4} << 20;
 
+// Tokens for each thread from which on it multiplies only these, with all outputs, and restores the
+// whole weight for it: that takes as long as multiplying 10 to 25 tokens, on tiles 16 times as
+// many, and spares it the activations that others have put in order, in caches that may be far
+// away.
+constexpr int64_t kTokensAlone = kHasTiles ? kMostTokens : 128;
+
 // Rows of the weight, transposed, between where codes are asked for and where they are used.
-constexpr int kAhead = 8;
+constexpr int kAhead = 16;
 
 // `rows` rows of `depth` values; zeros fill rows up to `padded_rows` and the depth up to a multiple
 // of kStep.
@@ -64,8 +72,11 @@ class Multiplier {
   static constexpr int kPair = Format::kPair;
   static constexpr bool kHasOrder = Format::kHasStretches && !kTransposed;
 
-  // Weights that are restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
-  static constexpr int64_t kBlock = kTransposed ? 512 : 256;
+  // Outputs that are worked on at a time: multiples of kUnit, at most kBlock. Weights that are
+  // restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
+  static constexpr int64_t kUnit =
+      kTransposed ? std::max(kTilePanels * kLanes, Table::kVector) : Format::kGroup;
+  static constexpr int64_t kBlock = kTransposed ? 512 : 256 / kUnit * kUnit;
   static constexpr int64_t kWeights =
       kTransposed ? kBlock / kLanes * Format::kPanelStride : Format::kGroup * Format::kRowStride;
 
@@ -77,32 +88,43 @@ class Multiplier {
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
     const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
     const int64_t blocks = (product.tokens + most - 1) / most;
-    token_step_ = round_up((product.tokens + blocks - 1) / blocks, kLanes);
-    chunk_elements_ = kTransposed ? token_step_ * Format::kRowStride
-                                  : token_step_ / kLanes * Format::kPanelStride;
-    activation_plane_ = chunks_ * chunk_elements_;
-    const int64_t share = (product.outputs + 4 * threads - 1) / (4 * threads);
-    output_step_ = std::min(round_up(share, 2 * kLanes), kBlock);
-    sum_rows_ = kTransposed ? token_step_ : round_up(output_step_, Format::kGroup);
-    sum_stride_ = kLineOf<float> + (kTransposed ? output_step_ : token_step_);
+    const int64_t step = (product.tokens + blocks - 1) / blocks;
+    if (step / threads >= kTokensAlone) shares_ = threads;
+    share_tokens_ = round_up((step + shares_ - 1) / shares_, kLanes);
+    chunk_elements_ = kTransposed ? share_tokens_ * Format::kRowStride
+                                  : share_tokens_ / kLanes * Format::kPanelStride;
+    activation_plane_ = shares_ * chunks_ * chunk_elements_;
+    const int64_t most_outputs = std::min(round_up(product.outputs, kUnit), kBlock);
+    sum_rows_ = kTransposed ? share_tokens_ : most_outputs;
+    sum_stride_ = kLineOf<float> + (kTransposed ? most_outputs : share_tokens_);
   }
 
   Status run() {
     static thread_local Scratch memory;
-    const int64_t shared = round_up(bytes_of(activation_plane_), kCacheLine);
-    const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4;  // of each thread
+    const int64_t common = shares_ * sizeof(OutputsLeft) + bytes_of(activation_plane_);
+    const int64_t shared = round_up(common, kCacheLine) + kApart;
+    const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4 + kApart;  // of a thread
     char* start = memory.reserve(shared + threads_ * own);
     if (start == nullptr) return kNoMemory;
-    auto* activations = reinterpret_cast<Element*>(start);
-    for (int64_t token = 0; token < product_.tokens; token += token_step_) {
-      const int64_t tokens = std::min(token_step_, product_.tokens - token);
+    auto* left = reinterpret_cast<OutputsLeft*>(start);  // for each share
+    auto* activations = reinterpret_cast<Element*>(left + shares_);
+    const int parts = threads_ == 1 ? 1 : 2 * threads_ / shares_;
+    for (int64_t token = 0; token < product_.tokens; token += shares_ * share_tokens_) {
+      for (int share = 0; share < shares_; ++share) {
+        new (left + share) OutputsLeft(product_.outputs, kUnit, kBlock, parts);
+      }
 #pragma omp parallel num_threads(threads_)
       {
         [[maybe_unused]] const TileShapes shapes;
-        pack_activations(token, tokens, activations);
+        pack_activations(token, activations);
         char* weights = start + shared + thread_number() * own;
-        multiply_blocks(token, tokens, activations, reinterpret_cast<Element*>(weights),
-                        reinterpret_cast<float*>(weights + bytes_of(kWeights)));
+        for (int i = 0; i < shares_; ++i) {
+          const int share = (thread_number() + i) % shares_;  // its own first, then the others'
+          multiply_share(token + share * share_tokens_, left[share],
+                         activations + share * chunks_ * chunk_elements_,
+                         reinterpret_cast<Element*>(weights),
+                         reinterpret_cast<float*>(weights + bytes_of(kWeights)));
+        }
       }
     }
     return kOk;
@@ -117,16 +139,18 @@ class Multiplier {
     return static_cast<int>(std::min<int64_t>(kDepth, product_.depth - chunk * kDepth));
   }
 
-  // Chunk after chunk: rows of tokens, or panels of kLanes tokens.
-  void pack_activations(int64_t token, int64_t tokens, Element* activations) const {
-    const int64_t groups = (tokens + kLanes - 1) / kLanes;
+  // Share after share, chunk after chunk: rows of tokens, or panels of kLanes tokens.
+  void pack_activations(int64_t token, Element* activations) const {
+    const int64_t groups = share_tokens_ / kLanes;
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < chunks_ * groups; ++item) {
-      const int64_t chunk = item / groups, group = item % groups;
-      const int64_t rows = std::min<int64_t>(kLanes, tokens - group * kLanes);
+    for (int64_t item = 0; item < shares_ * chunks_ * groups; ++item) {
+      const int64_t block = item / groups, chunk = block % chunks_, group = item % groups;
+      const int64_t first = token + block / chunks_ * share_tokens_ + group * kLanes;
+      const int64_t rows = std::min<int64_t>(kLanes, product_.tokens - first);
+      if (rows <= 0) continue;
       const int depth = depth_of(chunk);
-      const Value* x = product_.x + (token + group * kLanes) * product_.depth + chunk * kDepth;
-      Element* out = activations + chunk * chunk_elements_;
+      const Value* x = product_.x + first * product_.depth + chunk * kDepth;
+      Element* out = activations + block * chunk_elements_;
       if constexpr (kTransposed) {
         pack_rows<Format>(x, product_.depth, rows, kLanes, depth,
                           out + group * kLanes * Format::kRowStride, activation_plane_);
@@ -154,14 +178,14 @@ class Multiplier {
     }
   }
 
-  void multiply_blocks(int64_t token, int64_t tokens, const Element* activations, Element* weights,
-                       float* sums) const {
-    const int64_t blocks = (product_.outputs + output_step_ - 1) / output_step_;
-#pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * output_step_;
-      const int64_t outputs = std::min(output_step_, product_.outputs - first);
-      std::fill(sums, sums + sum_rows_ * sum_stride_, 0.0f);
+  // The tokens of a share with all outputs that are left for it.
+  void multiply_share(int64_t token, OutputsLeft& left, const Element* activations,
+                      Element* weights, float* sums) const {
+    const int64_t tokens = std::min(share_tokens_, product_.tokens - token);
+    if (tokens <= 0) return;
+    int64_t first, outputs;
+    while ((outputs = left.take(&first)) > 0) {
+      clear_sums(tokens, outputs, sums);
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
         const Element* x = activations + chunk * chunk_elements_;
         if constexpr (kTransposed) {
@@ -171,6 +195,14 @@ class Multiplier {
         }
       }
       write(token, tokens, first, outputs, sums);
+    }
+  }
+
+  void clear_sums(int64_t tokens, int64_t outputs, float* sums) const {
+    const int64_t rows = round_up(kTransposed ? tokens : outputs, Format::kRowStep);
+    const int64_t lanes = round_up(kTransposed ? outputs : tokens, kLanes);
+    for (int64_t row = 0; row < rows; ++row, sums += sum_stride_) {
+      std::fill(sums, sums + lanes, 0.0f);
     }
   }
 
@@ -317,8 +349,8 @@ class Multiplier {
   Product<Value> product_;
   int threads_, run_;
   bool is_ordered_ = false;  // whether weights are restored in the order of stretches
-  int64_t chunks_, token_step_, output_step_, chunk_elements_, activation_plane_, sum_rows_,
-      sum_stride_;
+  int shares_ = 1;  // of the tokens that are worked on at a time: one for each thread, or one
+  int64_t chunks_, share_tokens_, chunk_elements_, activation_plane_, sum_rows_, sum_stride_;
 };
 
 }  // namespace qlora

@@ -11,6 +11,13 @@ namespace qlora {
 
 constexpr int64_t kCacheLine = 64;
 
+// How far the memory that a thread writes lies from what others write. A processor that sees
+// regular steps through memory asks for what the next ones would touch: behind the end of one
+// thread's memory that takes lines out of the cache of the thread that works on them. On AMD EPYC
+// with caches far from each other (different core complexes) products took up to 1.4 times as long
+// without a gap, and 1.2 times with 64 KiB; the memory between is never touched.
+constexpr int64_t kApart = int64_t{512} << 10;
+
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
