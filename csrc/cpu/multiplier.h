@@ -19,16 +19,16 @@
 namespace qlora {
 
 // Tokens that are worked on at a time: as many as fit into 4 MiB for each thread, in the order of
-// the inner loop, and no more than this, but at least a panel. With the weights and the sums that a
-// thread needs besides, that stays below 8 MiB for each thread, unless sums have more terms than
-// 32,768.
-constexpr int64_t kMostTokens = 1024;
+// the inner loop, and no more than kMostTokens, whose sums stay in the L2 cache, but at least a
+// panel. With the weights and the sums that a thread needs besides, that stays below 8 MiB for each
+// thread, unless sums have more terms than 32,768.
+//
+// Where each thread gets kTokensAlone of them, it multiplies these alone with all outputs, and
+// restores the whole weight for it. That takes as long as multiplying 10 to 25 tokens, and spares
+// it the activations that others have put in order, in caches that may be far away. Tiles multiply
+// 16 times as fast, and restoring is what they wait for.
 constexpr int64_t kActivationBytes = int64_t{4} << 20;
-
-// Tokens for each thread from which on it multiplies only these, with all outputs, and restores the
-// whole weight for it: that takes as long as multiplying 10 to 25 tokens, on tiles 16 times as
-// many, and spares it the activations that others have put in order, in caches that may be far
-// away.
+constexpr int64_t kMostTokens = kHasTiles ? 1024 : 512;
 constexpr int64_t kTokensAlone = kHasTiles ? kMostTokens : 128;
 
 // Rows of the weight, transposed, between where codes are asked for and where they are used.
@@ -63,6 +63,19 @@ void rows_to_panel(const typename Format::Element* rows, int depth,
   }
 }
 
+#if defined(__AVX2__)
+constexpr bool kRoundsInPlace = true;
+
+// Two numbers in bfloat16, in the lower and the upper half of each lane.
+inline Floats pair_in_bfloat16(Floats lower, Floats upper) {
+  const Ints shifted = shift_right(round_in_place_to_bfloat16(lower), 16);
+  return float_of(add(shifted, bit_and(round_in_place_to_bfloat16(upper), broadcast(-65536))));
+}
+#else
+constexpr bool kRoundsInPlace = false;
+Floats pair_in_bfloat16(Floats lower, Floats upper);
+#endif
+
 template <typename Format, typename Value, bool kTransposed>
 class Multiplier {
   using Element = typename Format::Element;
@@ -71,6 +84,8 @@ class Multiplier {
   static constexpr int kPlanes = Format::kPlanes;
   static constexpr int kPair = Format::kPair;
   static constexpr bool kHasOrder = Format::kHasStretches && !kTransposed;
+  static constexpr bool kWritesPairs =
+      kRoundsInPlace && std::is_same_v<Value, Bfloat16> && !kTransposed;
 
   // Outputs that are worked on at a time: multiples of kUnit, at most kBlock. Weights that are
   // restored at a time: kGroup rows of a chunk, or a chunk of kBlock columns.
@@ -86,10 +101,10 @@ class Multiplier {
     if constexpr (kHasOrder) is_ordered_ = has_whole_stretches(product.weight);
     chunks_ = (product.depth + kDepth - 1) / kDepth;
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
-    const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens);
-    const int64_t blocks = (product.tokens + most - 1) / most;
-    const int64_t step = (product.tokens + blocks - 1) / blocks;
-    if (step / threads >= kTokensAlone) shares_ = threads;
+    if (std::min(product.tokens, fitting) / threads >= kTokensAlone) shares_ = threads;
+    const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens * shares_);
+    const int64_t steps = (product.tokens + most - 1) / most;
+    const int64_t step = (product.tokens + steps - 1) / steps;
     share_tokens_ = round_up((step + shares_ - 1) / shares_, kLanes);
     chunk_elements_ = kTransposed ? share_tokens_ * Format::kRowStride
                                   : share_tokens_ / kLanes * Format::kPanelStride;
@@ -318,7 +333,15 @@ class Multiplier {
              const float* sums) const {
     for (int64_t t = 0; t < tokens; t += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tokens - t);
-      for (int64_t o = 0; o < outputs; o += kLanes) {
+      Value* y = product_.y + (token + t) * product_.outputs + first;
+      const Value* bias = product_.bias == nullptr ? nullptr : product_.bias + first;
+      int64_t o = 0;
+      if constexpr (kWritesPairs) {
+        for (; o + 2 * kLanes <= outputs; o += 2 * kLanes) {
+          write_pairs(sums + o * sum_stride_ + t, count, bias ? bias + o : nullptr, y + o);
+        }
+      }
+      for (; o < outputs; o += kLanes) {
         const int width = static_cast<int>(std::min<int64_t>(kLanes, outputs - o));
         Floats square[kLanes];
         const float* corner = sums + (kTransposed ? t * sum_stride_ + o : o * sum_stride_ + t);
@@ -326,9 +349,26 @@ class Multiplier {
         for (int64_t line = 0; line < lines; ++line)
           square[line] = load(corner + line * sum_stride_);
         if constexpr (!kTransposed) transpose(square);
-        Value* y = product_.y + (token + t) * product_.outputs + first + o;
-        write_square(square, count, width, product_.bias ? product_.bias + first + o : nullptr, y);
+        write_square(square, count, width, bias ? bias + o : nullptr, y + o);
       }
+    }
+  }
+
+  // The sums of 2 kLanes outputs, two of them in a lane, so that one square is transposed.
+  void write_pairs(const float* sums, int64_t tokens, const Value* bias, Value* y) const {
+    Floats square[kLanes];
+#pragma GCC unroll 16
+    for (int line = 0; line < kLanes; ++line) {
+      Floats pair[2];
+      for (int i = 0; i < 2; ++i) {
+        pair[i] = load(sums + (2 * line + i) * sum_stride_);
+        if (bias != nullptr) pair[i] = pair[i] + broadcast(to_float(bias[2 * line + i]));
+      }
+      square[line] = pair_in_bfloat16(pair[0], pair[1]);
+    }
+    transpose(square);
+    for (int64_t row = 0; row < tokens; ++row) {
+      std::memcpy(y + row * product_.outputs, &square[row], sizeof(Floats));
     }
   }
 

@@ -123,15 +123,19 @@ inline Floats load(const Bfloat16* x) {
   return float_of(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// The rounding of from_float<Bfloat16>: the processor's own conversion flushes subnormals.
-inline __m256i round_to_bfloat16(Floats x) {
+// The rounding of from_float<Bfloat16>, in the upper halves of the lanes: the processor's own
+// conversion flushes subnormals.
+inline Ints round_in_place_to_bfloat16(Floats x) {
   const Ints bits = bits_of(x);
   const Ints is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), broadcast(1));
   const Ints rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, broadcast(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const Ints quiet = broadcast(static_cast<int32_t>(kQuietBit));
-  const Ints chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, quiet);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  return _mm512_mask_or_epi32(rounded, is_nan, bits, quiet);
+}
+
+inline __m256i round_to_bfloat16(Floats x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_in_place_to_bfloat16(x), 16));
 }
 
 inline void store(Bfloat16* y, Floats x) {
