@@ -14,6 +14,7 @@ import torch
 Run = Callable[[], object]
 
 FEWEST_ROUNDS = 3  # that a budget leaves
+_SECONDS_TO_STEADY = 0.01  # several times as long as threads that have nothing to do wait, spinning
 _FLUSH_BYTES = 512 << 20  # written before each run on a GPU; several times any L2 cache
 
 
@@ -44,7 +45,8 @@ def time_in_turn(
     The order is another one each round: none always finds the caches as the same other one leaves
     them.
 
-    steady  run each twice and time the second: the caches are then as it leaves them itself
+    steady  time each after it has run for 10 ms: the caches are then as it leaves them itself, and
+            the threads of the others, which compete for the same cores for a while, asleep
     budget  seconds after which no further round begins, once there are three
     """
     stopwatch = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
@@ -57,7 +59,7 @@ def time_in_turn(
         readings = {}
         for name in shuffle.sample(list(runs), len(runs)):
             if steady:
-                runs[name]()
+                _run_for(_SECONDS_TO_STEADY, runs[name])
             readings[name] = stopwatch(runs[name])
         for name, read in readings.items():
             if round_ > 0:
@@ -70,6 +72,13 @@ def medians(runs: Mapping[str, Run], repeats: int, steady: bool = False) -> dict
     return {
         name: timing.median for name, timing in time_in_turn(runs, repeats, steady=steady).items()
     }
+
+
+def _run_for(seconds: float, run: Run) -> None:
+    began = time.perf_counter()
+    run()
+    while time.perf_counter() - began < seconds:
+        run()
 
 
 def _on_cpu(run: Run) -> Callable[[], float]:
