@@ -24,7 +24,7 @@ class FewTokens {
   static constexpr int kStrip = 16;  // rows that a thread works on at a time
 
   // Between the row whose codes are asked for and the one whose codes are used.
-  static constexpr int kRowsAhead = 8;
+  static constexpr int kRowsAhead = 16;
 
   // What is read again for each row stays in the L1 cache.
   static constexpr int64_t kActivationBytes = 24 * 1024;
