@@ -13,8 +13,7 @@ namespace qlora {
 // end at about the same time, whatever holds one of them up.
 class alignas(kCacheLine) OutputsLeft {
  public:
-  // A block is one of so many parts of what is left, in whole units, at least two, at most
-  // `largest`.
+  // A block is one of `parts` of what is left, in whole units: at least two, at most `largest`.
   OutputsLeft(int64_t outputs, int64_t unit, int64_t largest, int parts)
       : outputs_(outputs), unit_(unit), largest_(largest), parts_(parts) {}
 
@@ -24,8 +23,8 @@ class alignas(kCacheLine) OutputsLeft {
     int64_t count;
     do {
       const int64_t left = outputs_ - *first;
-      const int64_t share = std::max(left / parts_, 2 * unit_);
-      count = std::min({left, round_up(share, unit_), largest_});
+      const int64_t part = std::max(left / parts_, 2 * unit_);
+      count = std::min({left, round_up(part, unit_), largest_});
     } while (!next_.compare_exchange_weak(*first, *first + count, std::memory_order_relaxed));
     return count;
   }

@@ -77,7 +77,7 @@ def measure_case(
     runs = {name: o.prepared.run for name, o in outcomes.items() if o.prepared is not None}
     arithmetic = ArithmeticLimit(getattr(torch, case.dtype), device) if case.flops else None
     runs |= memory.runs | (arithmetic.runs if arithmetic else {})
-    timings = time_in_turn(runs, repeats, device, budget=budget)
+    timings = time_in_turn(runs, repeats, device, steady=device.type == "cpu", budget=budget)
     return [
         Row(
             operation=case.operation,

@@ -45,8 +45,8 @@ def time_in_turn(
     The order is another one each round: none always finds the caches as the same other one leaves
     them.
 
-    steady  time each after it has run for 10 ms: the caches are then as it leaves them itself, and
-            the threads of the others, which compete for the same cores for a while, asleep
+    steady  on the CPU: time each after it has run for 10 ms. The caches are then as it leaves them
+            itself, and the threads of the others, which wait for work on the same cores, asleep
     budget  seconds after which no further round begins, once there are three
     """
     stopwatch = _on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _on_cpu
