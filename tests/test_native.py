@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, normal, round_to
+from compare import DTYPES, assert_same_bits, normal, random_weight, round_to
 from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_products, all_results
 from torch import Tensor
 
@@ -216,6 +216,29 @@ def test_results_do_not_depend_on_the_number_of_threads(cpu: CpuOperations) -> N
         torch.set_num_threads(before)
     for other in results[1:]:
         assert_all_same(other, results[0])
+
+
+# Each thread begins with a share of the tokens: 2 and 3 threads with unequal ones, 7 with too few
+# where that does not pay. On AMX they are shared from 1024 for each thread on; elsewhere 3100 are
+# taken in several steps.
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [401, 3100])
+def test_shares_of_tokens_change_no_bit(
+    tokens: int, dtype: torch.dtype, transposed: bool, cpu: CpuOperations
+) -> None:
+    weight = random_weight(136, 256, 64)
+    layout = (weight.packed, weight.absmax, weight.codebook, weight.block_size, weight.shape)
+    x = normal(tokens, 136 if transposed else 256, dtype=dtype)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(cpu.matmul_4bit(x, *layout, None, transposed, *[None] * 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
 
 
 def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:

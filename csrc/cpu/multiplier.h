@@ -19,14 +19,14 @@
 namespace qlora {
 
 // Tokens that are worked on at a time: as many as fit into 4 MiB for each thread, in the order of
-// the inner loop, and no more than kMostTokens, whose sums stay in the L2 cache, but at least a
-// panel. With the weights and the sums that a thread needs besides, that stays below 8 MiB for each
-// thread, unless sums have more terms than 32,768.
+// the inner loop, and no more than kMostTokens, so that their sums with a block of outputs are
+// about as large as the L2 cache, but at least a panel. With the weights and the sums that a thread
+// needs besides, that stays below 8 MiB for each thread, unless sums have more terms than 32,768.
 //
-// Where each thread gets kTokensAlone of them, it multiplies these alone with all outputs, and
-// restores the whole weight for it. That takes as long as multiplying 10 to 25 tokens, and spares
-// it the activations that others have put in order, in caches that may be far away. Tiles multiply
-// 16 times as fast, and restoring is what they wait for.
+// Where each thread gets kTokensAlone of them, it begins with these alone, and all outputs: the
+// whole weight is restored for them. That takes as long as multiplying 10 to 25 tokens, and spares
+// a thread the activations that others have put in order, in caches that may be far away. Tiles
+// multiply 16 times as fast, and restoring is what they wait for.
 constexpr int64_t kActivationBytes = int64_t{4} << 20;
 constexpr int64_t kMostTokens = kHasTiles ? 1024 : 512;
 constexpr int64_t kTokensAlone = kHasTiles ? kMostTokens : 128;
@@ -101,10 +101,12 @@ class Multiplier {
     if constexpr (kHasOrder) is_ordered_ = has_whole_stretches(product.weight);
     chunks_ = (product.depth + kDepth - 1) / kDepth;
     const int64_t fitting = kActivationBytes * threads / (bytes_of(chunks_ * kDepth) + 1);
-    if (std::min(product.tokens, fitting) / threads >= kTokensAlone) shares_ = threads;
-    const int64_t most = std::clamp<int64_t>(fitting, 1, kMostTokens * shares_);
-    const int64_t steps = (product.tokens + most - 1) / most;
-    const int64_t step = (product.tokens + steps - 1) / steps;
+    int64_t step = even_step(product.tokens, fitting, kMostTokens * threads);
+    if (step / threads >= kTokensAlone) {
+      shares_ = threads;
+    } else {
+      step = even_step(product.tokens, fitting, kMostTokens);
+    }
     share_tokens_ = round_up((step + shares_ - 1) / shares_, kLanes);
     chunk_elements_ = kTransposed ? share_tokens_ * Format::kRowStride
                                   : share_tokens_ / kLanes * Format::kPanelStride;
@@ -117,8 +119,9 @@ class Multiplier {
   Status run() {
     static thread_local Scratch memory;
     const int64_t common = shares_ * sizeof(OutputsLeft) + bytes_of(activation_plane_);
-    const int64_t shared = round_up(common, kCacheLine) + kApart;
-    const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4 + kApart;  // of a thread
+    const int64_t apart = threads_ == 1 ? 0 : kApart;
+    const int64_t shared = round_up(common, kCacheLine) + apart;
+    const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4 + apart;  // of each thread
     char* start = memory.reserve(shared + threads_ * own);
     if (start == nullptr) return kNoMemory;
     auto* left = reinterpret_cast<OutputsLeft*>(start);  // for each share
@@ -146,6 +149,13 @@ class Multiplier {
   }
 
  private:
+  // How many tokens are worked on at a time where neither limit may be passed: as many each time.
+  static int64_t even_step(int64_t tokens, int64_t fitting, int64_t most) {
+    most = std::clamp<int64_t>(fitting, 1, most);
+    const int64_t steps = (tokens + most - 1) / most;
+    return (tokens + steps - 1) / steps;
+  }
+
   static int64_t bytes_of(int64_t plane) {
     return plane * kPlanes * static_cast<int64_t>(sizeof(Element));
   }

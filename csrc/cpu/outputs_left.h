@@ -30,8 +30,8 @@ class alignas(kCacheLine) OutputsLeft {
   }
 
  private:
-  const int64_t outputs_, unit_, largest_;
-  const int parts_;
+  int64_t outputs_, unit_, largest_;
+  int parts_;
   std::atomic<int64_t> next_{0};
 };
 

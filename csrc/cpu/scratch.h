@@ -15,7 +15,7 @@ constexpr int64_t kCacheLine = 64;
 // regular steps through memory asks for what the next ones would touch: behind the end of one
 // thread's memory that takes lines out of the cache of the thread that works on them. On AMD EPYC
 // with caches far from each other (different core complexes) products took up to 1.4 times as long
-// without a gap, and 1.2 times with 64 KiB; the memory between is never touched.
+// without a gap, and 1.2 times with 64 KiB. The memory between is never used.
 constexpr int64_t kApart = int64_t{512} << 10;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {

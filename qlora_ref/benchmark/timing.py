@@ -14,7 +14,7 @@ import torch
 Run = Callable[[], object]
 
 FEWEST_ROUNDS = 3  # that a budget leaves
-_SECONDS_TO_STEADY = 0.01  # several times as long as threads that have nothing to do wait, spinning
+_SECONDS_TO_STEADY = 0.01  # longer than GNU OpenMP's threads spin before they sleep
 _FLUSH_BYTES = 512 << 20  # written before each run on a GPU; several times any L2 cache
 
 
