@@ -293,6 +293,26 @@ print(most)
     assert int(run_python(script, QLORA_REF_ISA=isa)) <= 2 * (8 << 20)
 
 
+def test_fewer_threads_than_were_asked_for_do_all_of_the_work(isa: str) -> None:
+    script = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from compare import assert_same_bits, normal, random_weight
+from qlora_ref import ops
+
+weight = random_weight(136, 256, 64)
+for tokens in (8, 40, 601):
+    x, results = normal(tokens, 256), []
+    for threads in (4, 1):
+        torch.set_num_threads(threads)
+        results.append(ops.matmul_4bit(x, **weight.arguments("cpu")))
+    assert_same_bits(*results)
+print("the same")
+"""
+    assert run_python(script, QLORA_REF_ISA=isa, OMP_THREAD_LIMIT="2") == "the same"
+
+
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
