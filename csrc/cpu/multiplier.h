@@ -63,19 +63,6 @@ void rows_to_panel(const typename Format::Element* rows, int depth,
   }
 }
 
-#if defined(__AVX2__)
-constexpr bool kRoundsInPlace = true;
-
-// Two numbers in bfloat16, in the lower and the upper half of each lane.
-inline Floats pair_in_bfloat16(Floats lower, Floats upper) {
-  const Ints shifted = shift_right(round_in_place_to_bfloat16(lower), 16);
-  return float_of(add(shifted, bit_and(round_in_place_to_bfloat16(upper), broadcast(-65536))));
-}
-#else
-constexpr bool kRoundsInPlace = false;
-Floats pair_in_bfloat16(Floats lower, Floats upper);
-#endif
-
 template <typename Format, typename Value, bool kTransposed>
 class Multiplier {
   using Element = typename Format::Element;

@@ -101,6 +101,19 @@ void store(Value* y, Vector x, First part) {
   store_first(y, x, part.count);
 }
 
+#if defined(__AVX2__)
+constexpr bool kRoundsInPlace = true;
+
+// Two numbers in bfloat16, in the lower and the upper half of each lane.
+inline Floats pair_in_bfloat16(Floats lower, Floats upper) {
+  const Ints shifted = shift_right(round_in_place_to_bfloat16(lower), 16);
+  return float_of(add(shifted, bit_and(round_in_place_to_bfloat16(upper), broadcast(-65536))));
+}
+#else
+constexpr bool kRoundsInPlace = false;
+Floats pair_in_bfloat16(Floats lower, Floats upper);
+#endif
+
 // Calls function(i, part) for the elements i, i + 1, ... of each vector of an array.
 template <typename Function>
 void for_each_vector(int64_t count, Function function) {
