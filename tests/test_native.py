@@ -218,12 +218,11 @@ def test_results_do_not_depend_on_the_number_of_threads(cpu: CpuOperations) -> N
         assert_all_same(other, results[0])
 
 
-# Each thread begins with a share of the tokens: 2 and 3 threads with unequal ones, 7 with too few
-# where that does not pay. On AMX they are shared from 1024 for each thread on; elsewhere 3100 are
-# taken in several steps.
+# Each thread begins with a share of the tokens, of 401 unless there are 7; of 3100 in several
+# steps, the last with fewer. On AMX only 2 threads share, and only 4096: 1024 for each, twice.
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [401, 3100])
+@pytest.mark.parametrize("tokens", [401, 3100, 4096])
 def test_shares_of_tokens_change_no_bit(
     tokens: int, dtype: torch.dtype, transposed: bool, cpu: CpuOperations
 ) -> None:

@@ -55,8 +55,8 @@ class FewTokens {
     static thread_local Scratch memory;
     const int64_t elements = stretches_ * kStretch * kFew;
     const int64_t ordered = elements * static_cast<int64_t>(sizeof(Element));
-    const int64_t apart = threads_ == 1 ? 0 : kApart;
-    const int64_t own = round_up(ordered + kStrip * scale_stride() * 4, kCacheLine) + apart;
+    const int64_t used = round_up(ordered + kStrip * scale_stride() * 4, kCacheLine);
+    const int64_t own = used + bytes_between(threads_);
     char* start = memory.reserve(threads_ * own);
     if (start == nullptr) return kNoMemory;
 #pragma omp parallel num_threads(threads_)

@@ -106,7 +106,7 @@ class Multiplier {
   Status run() {
     static thread_local Scratch memory;
     const int64_t common = shares_ * sizeof(OutputsLeft) + bytes_of(activation_plane_);
-    const int64_t apart = threads_ == 1 ? 0 : kApart;
+    const int64_t apart = bytes_between(threads_);
     const int64_t shared = round_up(common, kCacheLine) + apart;
     const int64_t own = bytes_of(kWeights) + sum_rows_ * sum_stride_ * 4 + apart;  // of each thread
     char* start = memory.reserve(shared + threads_ * own);

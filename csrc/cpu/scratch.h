@@ -16,7 +16,7 @@ constexpr int64_t kCacheLine = 64;
 // thread's memory that takes lines out of the cache of the thread that works on them. On AMD EPYC
 // with caches far from each other (different core complexes) products took up to 1.4 times as long
 // without a gap, and 1.2 times with 64 KiB. The memory between is never used.
-constexpr int64_t kApart = int64_t{512} << 10;
+inline int64_t bytes_between(int threads) { return threads == 1 ? 0 : int64_t{512} << 10; }
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
