@@ -1,4 +1,4 @@
-"""What the operations compute, written as scalar loops, and how tensors are compared.
+"""What the operations compute, written as scalar loops, and how results are compared.
 
 Nothing here comes from the package: each definition follows the rule in the contract (ops.py) one
 value at a time, in numpy.float32 scalars, which round every product and sum as IEEE 754 says.
@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -310,6 +313,21 @@ def define_adamw_8bit(
         for moment, codebook in zip(new_moments, codebooks, strict=True)
     ]
     return new_param, [codes for codes, _ in quantised], [absmax for _, absmax in quantised]
+
+
+# Threads.
+
+
+def with_threads(counts: Iterable[int], run: Callable[[], Result]) -> list[Result]:
+    """What `run` returns under each of these numbers of torch's threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 # Equality.

@@ -14,6 +14,7 @@ from compare import (
     define_adamw_8bit,
     normal,
     random_bytes,
+    with_threads,
 )
 from torch import Tensor
 
@@ -215,7 +216,7 @@ def test_a_list_is_updated_as_each_alone(bits: int, device: str) -> None:
 def test_a_list_of_several_dtypes_is_updated_as_each_alone(
     threads: int, bits: int, device: str
 ) -> None:
-    sizes, before = (70_000, 0, 1, 256, 5_000, 255), torch.get_num_threads()
+    sizes = (70_000, 0, 1, 256, 5_000, 255)
     # Over the sizes each type of parameter meets each type of gradient.
     kinds = [
         (n, DTYPES[j], DTYPES[(i + j) % len(DTYPES)])
@@ -233,11 +234,7 @@ def test_a_list_of_several_dtypes_is_updated_as_each_alone(
         for collected, tensor in zip(lists, (param, grad, *tensors), strict=False):
             collected.append(tensor)
     together = [[tensor.clone() for tensor in tensors] for tensors in lists]
-    torch.set_num_threads(threads)
-    try:
-        adamw_step(*together, *tables, **OPTIONS, step=1)
-    finally:
-        torch.set_num_threads(before)
+    with_threads([threads], lambda: adamw_step(*together, *tables, **OPTIONS, step=1))
     for i in range(len(kinds)):
         adamw_step(*([t[i]] if t else [] for t in lists), *tables, **OPTIONS, step=1)
     for one, other in zip(itertools.chain(*together), itertools.chain(*lists), strict=True):
@@ -277,17 +274,14 @@ def test_a_parameter_that_requires_grad_is_changed_in_place(device: str) -> None
 
 @pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
-    before, grad, results = normal(400_001), normal(400_001, seed=1).to(device), []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            param, state = before.to(device, copy=True), State8bit(before).to(device)
-            adamw_step([param], [grad], *state.arguments(), **OPTIONS, step=1)
-            results.append((param, *state.moments, *state.absmaxes))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*results, strict=True):
+    before, grad = normal(400_001), normal(400_001, seed=1).to(device)
+
+    def stepped() -> tuple[Tensor, ...]:
+        param, state = before.to(device, copy=True), State8bit(before).to(device)
+        adamw_step([param], [grad], *state.arguments(), **OPTIONS, step=1)
+        return param, *state.moments, *state.absmaxes
+
+    for one, two in zip(*with_threads((1, 2), stepped), strict=True):
         assert_same_bits(one, two)
 
 

@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, define_dequantize_8bit, normal, random_bytes
+from compare import (
+    DTYPES,
+    assert_same_bits,
+    define_dequantize_8bit,
+    normal,
+    random_bytes,
+    with_threads,
+)
 from torch import Tensor
 
 from qlora_ref import codebooks
@@ -92,14 +99,7 @@ def test_reads_tensors_that_are_not_contiguous(device: str) -> None:
 @pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     tensors = [tensor.to(device) for tensor in (*quantised((300, 1001), 256), SIGNED)]
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(dequantize_8bit(*tensors, 256, torch.bfloat16))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(*results)
+    assert_same_bits(*with_threads((1, 2), lambda: dequantize_8bit(*tensors, 256, torch.bfloat16)))
 
 
 @pytest.mark.parametrize("shape", [(257,), (0,), (3, 64)], ids=str)

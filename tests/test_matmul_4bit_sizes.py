@@ -17,6 +17,7 @@ from compare import (
     normal,
     random_bytes,
     random_weight,
+    with_threads,
 )
 from test_matmul_4bit import error_ratio
 from torch import Tensor
@@ -166,14 +167,8 @@ def test_the_number_of_threads_changes_no_bit(
         pytest.skip("the reference multiplies in torch, which splits one token's sums by threads")
     weight, _ = large_weight(*((depth, outputs) if transposed else (outputs, depth)), 64)
     x = normal(tokens, depth, seed=3, dtype=dtype).to(device)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(matmul_4bit(x, transposed=transposed, **weight.arguments(device)))
-    finally:
-        torch.set_num_threads(before)
+    arguments = weight.arguments(device)
+    results = with_threads((1, 2, 3), lambda: matmul_4bit(x, transposed=transposed, **arguments))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])
 

@@ -14,7 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, normal, random_weight, round_to
+from compare import (
+    DTYPES,
+    assert_same_bits,
+    normal,
+    random_weight,
+    round_to,
+    with_threads,
+)
 from native_program import DYNAMIC, NF4, REFERENCE, ROOT, all_products, all_results
 from torch import Tensor
 
@@ -207,13 +214,7 @@ def test_every_instruction_set_gives_the_bits_of_the_reference(cpu: CpuOperation
 
 
 def test_results_do_not_depend_on_the_number_of_threads(cpu: CpuOperations) -> None:
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(all_results(cpu))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads((1, 2, 3, 7), lambda: all_results(cpu))
     for other in results[1:]:
         assert_all_same(other, results[0])
 
@@ -229,13 +230,8 @@ def test_shares_of_tokens_change_no_bit(
     weight = random_weight(136, 256, 64)
     layout = (weight.packed, weight.absmax, weight.codebook, weight.block_size, weight.shape)
     x = normal(tokens, 136 if transposed else 256, dtype=dtype)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(cpu.matmul_4bit(x, *layout, None, transposed, *[None] * 3))
-    finally:
-        torch.set_num_threads(before)
+    arguments = (x, *layout, None, transposed, *[None] * 3)
+    results = with_threads((1, 2, 3, 7), lambda: cpu.matmul_4bit(*arguments))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
@@ -253,17 +249,19 @@ def test_several_python_threads_may_call_at_once(cpu: CpuOperations) -> None:
 def test_other_python_threads_run_meanwhile(cpu: CpuOperations) -> None:
     packed, table = torch.full((1 << 21,), 0x5A, dtype=torch.uint8), codebooks.nf4_codebook()
     weight = (packed, torch.ones(1 << 16), table, 64, (2048, 2048), None, False, None, None, None)
-    x, rounds, before = torch.ones(1024, 2048), 0, torch.get_num_threads()
-    torch.set_num_threads(1)  # takes 20 ms or more
-    try:
+    x = torch.ones(1024, 2048)
+
+    def rounds_meanwhile() -> int:
+        rounds = 0
         with ThreadPoolExecutor(1) as pool:
             product = pool.submit(cpu.matmul_4bit, x, *weight)
             while not product.done():
                 rounds += 1
                 time.sleep(0.001)
         product.result()
-    finally:
-        torch.set_num_threads(before)
+        return rounds
+
+    [rounds] = with_threads([1], rounds_meanwhile)  # takes 20 ms or more
     assert rounds >= 5  # with the interpreter's lock held, one or two before the call
 
 

@@ -19,6 +19,7 @@ from compare import (
     normal,
     normalise,
     values_on_the_edge,
+    with_threads,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -256,13 +257,8 @@ def test_leaves_its_input_alone_and_gives_no_gradient(device: str) -> None:
 
 @pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
-    x, results, before = normal(300, 1001, seed=8), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(quantize(x, NF4, 64, device))
-    finally:
-        torch.set_num_threads(before)
+    x = normal(300, 1001, seed=8)
+    results = with_threads((1, 2), lambda: quantize(x, NF4, 64, device))
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
 

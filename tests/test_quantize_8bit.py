@@ -16,6 +16,7 @@ from compare import (
     normal,
     normalise,
     values_on_the_edge,
+    with_threads,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,13 +184,8 @@ def test_reads_views_row_by_row(device: str) -> None:
 
 @pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
-    x, results, before = normal(300, 1001, seed=8), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(quantize(x, SIGNED, 256, device))
-    finally:
-        torch.set_num_threads(before)
+    x = normal(300, 1001, seed=8)
+    results = with_threads((1, 2), lambda: quantize(x, SIGNED, 256, device))
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
 

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, define_dequantize, normal
+from compare import (
+    DTYPES,
+    assert_same_bits,
+    define_dequantize,
+    normal,
+    with_threads,
+)
 from torch import Tensor
 
 from qlora_ref.codebooks import CODEBOOKS, dynamic_codebook
@@ -102,14 +108,8 @@ def test_the_offset_is_the_exact_mean_rounded_once_for_scales_of_every_size() ->
 
 def test_the_offset_does_not_depend_on_the_number_of_threads() -> None:
     # 2^17 scales: above torch's grain of 2^15 elements, sums are split between threads.
-    x, threads = normal(2**19), torch.get_num_threads()
-    tensors = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            tensors.append(quantize(x, block_size=4, double_quant=True))
-    finally:
-        torch.set_num_threads(threads)
+    x = normal(2**19)
+    tensors = with_threads((1, 2, 5), lambda: quantize(x, block_size=4, double_quant=True))
     assert tensors[0] == tensors[1] == tensors[2]
 
 

@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import DTYPES, assert_same_bits, define_dequantize, define_quantize, nibbles, normal
+from compare import (
+    DTYPES,
+    assert_same_bits,
+    define_dequantize,
+    define_quantize,
+    nibbles,
+    normal,
+    with_threads,
+)
 from torch import Tensor
 
 from qlora_ref import codebooks
@@ -181,13 +189,10 @@ def test_narrow_dtypes_are_searched_as_the_float32_they_are(dtype: torch.dtype) 
 
 
 def test_scales_depend_neither_on_neighbours_nor_on_threads() -> None:
-    x, threads = normal(5000, 64), torch.get_num_threads()
-    alone = torch.cat([search_scales(part, codebooks.nf4_codebook(), 64) for part in x.split(999)])
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(search_scales(x, codebooks.nf4_codebook(), 64), alone)
-    finally:
-        torch.set_num_threads(threads)
+    x, nf4 = normal(5000, 64), codebooks.nf4_codebook()
+    alone = torch.cat([search_scales(part, nf4, 64) for part in x.split(999)])
+    for together in with_threads((1, 3), lambda: search_scales(x, nf4, 64)):
+        assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
