@@ -13,6 +13,7 @@ from compare import (
     normal,
     random_bytes,
     random_weight,
+    with_threads,
 )
 from torch import Tensor
 
@@ -152,18 +153,22 @@ def test_result_is_a_new_tensor(device: str) -> None:
     assert_same_bits(first, before)
 
 
+# Past the caches where it can: beyond 8 MiB with one thread, beyond 32 with several.
+@pytest.mark.parametrize("threads,mebibytes", [(1, 8), (3, 32)])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("block_size", [64, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
-    isa: str, dtype: torch.dtype, block_size: int, offset: int
+    isa: str, dtype: torch.dtype, block_size: int, offset: int, threads: int, mebibytes: int
 ) -> None:
-    n = 2**24 // dtype.itemsize + 2**15 + 35  # beyond 16 MiB past the caches, where it can
+    n = mebibytes * 2**20 // dtype.itemsize + 2**15 + 35
     packed, absmax = quantised((n,), block_size)
     buffer = torch.full((n + 3,), 7.0, dtype=dtype)
     y = buffer[offset : offset + n]
     operations = native.load("cpu", OPERATION, isa).__self__
-    operations.dequantize_4bit_into(y, packed, absmax, NF4, block_size)
+    with_threads(
+        [threads], lambda: operations.dequantize_4bit_into(y, packed, absmax, NF4, block_size)
+    )
     with force_backend("reference"):
         expected = dequantize_4bit(packed, absmax, NF4, block_size, (n,), dtype)
     assert_same_bits(y, expected)
@@ -173,15 +178,8 @@ def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
 @pytest.mark.threads
 def test_does_not_depend_on_the_number_of_threads(device: str) -> None:
     packed, absmax = quantised((300, 1001), 64)
-    tensors = [tensor.to(device) for tensor in (packed, absmax, NF4)]
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(dequantize_4bit(*tensors, 64, (300, 1001), torch.bfloat16))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(*results)
+    arguments = (*(t.to(device) for t in (packed, absmax, NF4)), 64, (300, 1001), torch.bfloat16)
+    assert_same_bits(*with_threads((1, 2), lambda: dequantize_4bit(*arguments)))
 
 
 @pytest.mark.parametrize("shape", [(65,), (0,), (3, 64)], ids=str)

@@ -1,5 +1,7 @@
 // 4-bit codes to values: scale the 16 levels once a block, then look up two values a byte.
 
+#include <type_traits>
+
 #include "large_output.h"
 #include "nibbles.h"
 #include "parts.h"
@@ -17,12 +19,24 @@ bool can_stream(const Value* y, int64_t block_size) {
          block_size * sizeof(Value) % kStreamAlignment == 0;
 }
 
+// Asks for codes ahead of their use. Behind the array's end this reads nothing: it only asks.
+void prefetch_codes(const uint8_t* packed, int64_t bytes) {
+  constexpr uintptr_t kAhead = 512;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(packed) + kAhead;
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    prefetch_for_one_use(reinterpret_cast<const void*>(first + byte));
+  }
+}
+
 // The blocks from `first` to before `last`.
 template <bool kStream, typename Value>
 void dequantize(const uint8_t* packed, const Scales& scales, const float* codebook,
-                int64_t block_size, int64_t n, Value* y, int64_t first, int64_t last) {
+                int64_t block_size, int64_t n, bool exceeds_caches, Value* y, int64_t first,
+                int64_t last) {
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block * block_size;
+    // The codes leave the caches to the values, which are more.
+    if (exceeds_caches) prefetch_codes(packed + start / 2, block_size / 2);
     const ScaledLevels<Value> levels(codebook, scales[block]);
     // Blocks are even, so each starts with a byte of its own.
     restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start), y + start);
@@ -44,13 +58,25 @@ int dequantize_4bit(const uint8_t* packed, const void* absmax, const float* nest
     // The kernel has just zeroed a fresh page: it is in the caches, and stays there until it is
     // written. Other pages would only pass through them, and be read first.
     const bool is_fresh = prepare_fresh(y, n * value_bytes);
-    const bool streams =
-        !is_fresh && n * value_bytes > kCachedOutput && can_stream(values, block_size);
-    const int64_t cached = streams ? kCachedOutput / value_bytes / block_size / threads : n;
-    for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
-      const int64_t middle = std::min(first + cached, last);
-      dequantize<false>(packed, scales, codebook, block_size, n, values, first, middle);
-      dequantize<true>(packed, scales, codebook, block_size, n, values, middle, last);
+    const int64_t most_cached = cached_output(threads);
+    const bool exceeds = n * value_bytes >= most_cached;
+    const bool streams = exceeds && !is_fresh && can_stream(values, block_size);
+    const int64_t cached = streams ? most_cached / value_bytes / block_size / threads : n;
+    const auto write = [&](auto is_stream, int64_t first, int64_t last) {
+      dequantize<is_stream()>(packed, scales, codebook, block_size, n, exceeds, values, first,
+                              last);
+    };
+    for_each_part(n, block_size, threads, [&](int part, int64_t first, int64_t last) {
+      // Half of the threads write into the caches while the others write to memory.
+      if (part % 2 == 0) {
+        const int64_t middle = std::min(first + cached, last);
+        write(std::false_type(), first, middle);
+        write(std::true_type(), middle, last);
+      } else {
+        const int64_t middle = std::max(last - cached, first);
+        write(std::true_type(), first, middle);
+        write(std::false_type(), middle, last);
+      }
     });
     return kOk;
   });

@@ -15,11 +15,12 @@ namespace qlora {
 // Results of fewer bytes are left to the caches and to the allocator, which hands out used pages.
 constexpr int64_t kLargeOutput = int64_t{4} << 20;
 
-// How many bytes of a large result are written into the caches; what follows is streamed past them,
-// and leaves them there. A processor writes faster into its caches than to memory, and whoever
-// reads the result first finds its beginning in them. This is half of the last-level cache of many
-// processors: of what they report themselves, some virtual machines make ten times as much.
-constexpr int64_t kCachedOutput = int64_t{16} << 20;
+// How many bytes of a large result are written into the caches; the others are streamed past them,
+// and leave them there: a processor writes faster into its caches than to memory. One thread alone
+// waits for each line that a cache reads before it is written, and streams faster; several fill
+// what many processors have as their last cache. What a processor reports of its caches does not
+// help: some virtual machines make ten times as much of it.
+constexpr int64_t cached_output(int threads) { return int64_t{threads == 1 ? 8 : 32} << 20; }
 
 // Whether a large result lies in memory that was never touched: each of its pages is then made by
 // a page fault, which costs more than what is computed. Asks for huge pages there: 512 times

@@ -6,14 +6,14 @@
 
 namespace qlora {
 
-// Calls function(first, last) for as many stretches of whole blocks as there are threads.
+// Calls function(part, first, last) for as many stretches of whole blocks as there are threads.
 template <typename Function>
 void for_each_part(int64_t n, int64_t block_size, int threads, Function function) {
   const int64_t blocks = n / block_size + (n % block_size != 0);
   const int parts = n >= kParallelMinimum ? threads : 1;
 #pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)
   for (int part = 0; part < parts; ++part) {
-    function(blocks * part / parts, blocks * (part + 1) / parts);
+    function(part, blocks * part / parts, blocks * (part + 1) / parts);
   }
 }
 

@@ -106,7 +106,7 @@ constexpr int64_t kGroupValues = 4096 / sizeof(Value);
 // How many values lie between those that are asked for and those that are quantised. Measured on
 // Zen 4 (AVX-512) and on Zen 3.
 #if defined(__AVX512BW__)
-constexpr int64_t kValuesAhead = 2048;
+constexpr int64_t kValuesAhead = 1024;
 #else
 constexpr int64_t kValuesAhead = 4096;
 #endif
@@ -269,7 +269,7 @@ int quantize_4bit(const void* x, int dtype, int64_t n, const float* codebook, in
     with_nearest_level(decisions, [&](const auto& nearest) {
       const Quantizer<decltype(type), std::decay_t<decltype(nearest)>> quantizer(fixed_point,
                                                                                  nearest);
-      for_each_part(n, block_size, threads, [&](int64_t first, int64_t last) {
+      for_each_part(n, block_size, threads, [&](int, int64_t first, int64_t last) {
         quantizer.quantize(values, n, block_size, first, last, packed, absmax);
       });
     });
