@@ -1,4 +1,4 @@
-"""AdamW with 32-bit and 8-bit state: every backend, bitsandbytes, torch, a copy of as many bytes.
+"""AdamW with 32-bit and 8-bit state: every backend, bitsandbytes, torch, and a copy.
 
 The parameters are a model's: many tensors, stepped together.
 """
@@ -9,8 +9,8 @@ import torch
 from measure import (
     COPY,
     PEER,
-    copy_candidate,
     each_thread_count,
+    memory_candidate,
     parse_arguments,
     report,
 )
@@ -43,7 +43,7 @@ def main() -> None:
             kind = bnb.optim.AdamW32bit if bits == 32 else bnb.optim.AdamW8bit
             candidates[PEER] = kind(parameters(gradients), **OPTIONS).step
         nbytes = bytes_of_a_step(bits, n)
-        candidates[COPY] = copy_candidate(nbytes)
+        candidates[COPY] = memory_candidate(COPY)
         title = f"adamw_step, {TENSORS} tensors of {n // TENSORS:,}, {bits}-bit state"
         for _ in each_thread_count():
             found = medians(candidates, options.repeats)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from measure import (
     PEER,
+    WRITE,
     each_thread_count,
+    memory_candidate,
     parse_arguments,
     report,
 )
@@ -18,8 +20,6 @@ import qlora_ref
 from qlora_ref import QuantizedTensor, dispatch, native
 from qlora_ref.benchmark.candidates import each_backend, is_installed
 from qlora_ref.benchmark.timing import medians
-
-WRITE = "write"  # one value into the whole of a used output
 
 
 def kernel(tensor: QuantizedTensor, y: Tensor) -> Callable[[], object]:
@@ -53,10 +53,9 @@ def measure_fresh(tensor: QuantizedTensor, x: Tensor, repeats: int) -> None:
         candidates[PEER] = lambda: bnb.dequantize_4bit(packed, state)
     for name, run in candidates.items():
         assert torch.equal(run(), expected), name
-    y = torch.empty_like(expected)
-    candidates[WRITE] = lambda: y.fill_(1)
+    candidates[WRITE] = memory_candidate(WRITE)
     title = f"dequantize_4bit {tuple(x.shape)} to {dtype}, a fresh output each time"
-    report(title, medians(candidates, repeats), y.nbytes, limit=WRITE)
+    report(title, medians(candidates, repeats), expected.nbytes, limit=WRITE)
 
 
 def measure_used(tensor: QuantizedTensor, dtype: torch.dtype, repeats: int) -> None:
@@ -69,9 +68,9 @@ def measure_used(tensor: QuantizedTensor, dtype: torch.dtype, repeats: int) -> N
         y.zero_()
         run()
         assert torch.equal(y, expected), name
-    candidates[WRITE] = lambda: y.fill_(1)
+    candidates[WRITE] = memory_candidate(WRITE)
     title = f"dequantize_4bit {tuple(y.shape)} to {dtype}, the same output each time"
-    report(title, medians(candidates, repeats, steady=True), y.nbytes, limit=WRITE)
+    report(title, medians(candidates, repeats), y.nbytes, limit=WRITE)
 
 
 def main() -> None:

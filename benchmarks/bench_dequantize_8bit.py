@@ -1,4 +1,4 @@
-"""dequantize_8bit with the dynamic map: every backend, bitsandbytes, a copy of as many bytes.
+"""dequantize_8bit with the dynamic map: every backend, bitsandbytes, and a copy.
 
 A fresh output costs page faults, several times the work itself; so both libraries are also called
 with an output that is reused.
@@ -12,8 +12,8 @@ import torch
 from measure import (
     COPY,
     PEER,
-    copy_candidate,
     each_thread_count,
+    memory_candidate,
     parse_arguments,
     report,
 )
@@ -52,7 +52,7 @@ def main() -> None:
         sizes = (c_longlong(256), c_longlong(x.numel()))
         candidates[REUSED_PEER] = lambda: lib.cdequantize_blockwise_cpu_fp32(*pointers, *sizes)
     nbytes = x.numel() * 5 + x.numel() // 64
-    candidates[COPY] = copy_candidate(nbytes)
+    candidates[COPY] = memory_candidate(COPY)
     for _ in each_thread_count():
         found = medians(candidates, options.repeats)
         report(f"dequantize_8bit {tuple(x.shape)} float32", found, nbytes, peer=REUSED_PEER)

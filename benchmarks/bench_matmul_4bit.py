@@ -69,7 +69,7 @@ def _compare(weights: Weights, tokens: int, transposed: bool, repeats: int) -> N
     codes, scales = weights.quantized.packed.view(torch.int32), weights.quantized.scales
     runs["read"] = lambda: (codes.max(), scales.max())
     with torch.no_grad():
-        found = medians(runs, repeats, steady=True)
+        found = medians(runs, repeats)
     ours = found.pop("ours")
     gigaflops = 2 * tokens * rows * columns / ours / 1e9
     ratios = "  ".join(f"{name} {seconds / ours:.2f}" for name, seconds in found.items())

@@ -156,7 +156,7 @@ def with_a_quarter(n: int) -> None:
                 print(*printed[1:], sep="")
     found = {name: statistics.median(values) for name, values in seconds.items()}
     title = f"{8 * n / 1e6:.0f} MB of 32-bit state, {RESIDENT / 1e6:.0f} MB resident, in {folder}"
-    report(title, found, 2 * streamed, peer=MAPPED, limit=DISK)
+    report(title, found, 2 * streamed, peer=MAPPED, limit=DISK, limit_bytes=2 * streamed)
 
 
 def main() -> None:

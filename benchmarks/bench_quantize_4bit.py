@@ -1,11 +1,13 @@
-"""quantize_4bit to NF4: every backend, bitsandbytes, and a read of the same values."""
+"""quantize_4bit to NF4: every backend, bitsandbytes, and a read."""
 
 from __future__ import annotations
 
 import torch
 from measure import (
     PEER,
+    READ,
     each_thread_count,
+    memory_candidate,
     parse_arguments,
     report,
 )
@@ -14,8 +16,6 @@ from torch import Tensor
 from qlora_ref import codebooks, dispatch, native, ops
 from qlora_ref.benchmark.candidates import each_backend, is_installed
 from qlora_ref.benchmark.timing import medians
-
-READ = "read"  # the largest of as many bytes, taken as integers
 
 
 def measure(x: Tensor, repeats: int) -> None:
@@ -29,7 +29,7 @@ def measure(x: Tensor, repeats: int) -> None:
 
         candidates[PEER] = lambda: bnb.quantize_4bit(x, quant_type="nf4")
         assert torch.equal(bnb.quantize_4bit(x, quant_type="nf4")[0].flatten(), packed)
-    candidates[READ] = lambda: x.view(torch.int32).max()
+    candidates[READ] = memory_candidate(READ)
     operations = native.load("cpu", "quantize_4bit", dispatch.forced_isa()).__self__
     for _ in each_thread_count():
         title = f"quantize_4bit {tuple(x.shape)} {x.dtype}, a fresh output each time"

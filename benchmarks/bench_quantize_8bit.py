@@ -1,4 +1,4 @@
-"""quantize_8bit with the dynamic map: every backend, bitsandbytes, and a copy of as many bytes."""
+"""quantize_8bit with the dynamic map: every backend, bitsandbytes, and a copy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from measure import (
     COPY,
     PEER,
-    copy_candidate,
     each_thread_count,
+    memory_candidate,
     parse_arguments,
     report,
 )
@@ -31,7 +31,7 @@ def main() -> None:
         # Not checked for equality: its CPU code rounds to a grid first and is not exact.
         candidates["bitsandbytes"] = lambda: bnb.quantize_blockwise(x, blocksize=256)
     nbytes = x.numel() * 5 + x.numel() // 64  # values, codes, scales
-    candidates[COPY] = copy_candidate(nbytes)
+    candidates[COPY] = memory_candidate(COPY)
     for _ in each_thread_count():
         found = medians(candidates, options.repeats)
         report(f"quantize_8bit {tuple(x.shape)} float32", found, nbytes)

@@ -67,7 +67,7 @@ def time_in_turn(
     return {name: _summary(values) for name, values in seconds.items()}
 
 
-def medians(runs: Mapping[str, Run], repeats: int, steady: bool = False) -> dict[str, float]:
+def medians(runs: Mapping[str, Run], repeats: int, steady: bool = True) -> dict[str, float]:
     """The median seconds alone, of candidates that run on the CPU. See `time_in_turn`."""
     return {
         name: timing.median for name, timing in time_in_turn(runs, repeats, steady=steady).items()
