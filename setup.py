@@ -40,12 +40,13 @@ CPU_FLAGS = [
 # Every source is compiled once for each of these, into a library each (libraries share no inline
 # functions, which a linker would merge into those of one instruction set). native.py loads the best
 # one that the processor has, so that a wheel runs on every machine of its architecture. Each set
-# includes those before it.
+# includes those before it. Of the processors with BF16 one family has no VBMI (Cooper Lake): it
+# takes the set before.
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-    "avx512_bf16": ["-mavx512bf16"],
+    "avx512_bf16": ["-mavx512bf16", "-mavx512vbmi"],
     "amx": ["-mamx-tile", "-mamx-bf16"],
 }
 

@@ -194,7 +194,7 @@ def test_the_processor_is_asked_right_according_to_linux(fresh_folder: Path) -> 
         set(),
         {"avx", "avx2", "fma", "f16c"},
         {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-        {"avx512_bf16"},
+        {"avx512_bf16", "avx512vbmi"},
         {"amx_tile", "amx_bf16"},
     ]
     flags, best = set(found.split()), -1

@@ -114,10 +114,10 @@ void step_with_float_moments(const Tensors& tensors, const Rule& rule, int threa
   });
 }
 
-// A moment in 8 bits: the levels that codes stand for, the codes and scales of one tensor.
+// A moment in 8 bits: what codes stand for and how they are found, those of one tensor, its scales.
 struct CodedMoment {
-  const float* codebook;
-  const NearestOf256& table;
+  const Table256& levels;
+  const NearestOf256& nearest;
   uint8_t* codes;
   float* absmax;
 };
@@ -133,20 +133,26 @@ void step_block(const Rule& rule, int64_t block, int64_t count, const Grad* grad
   uint8_t* second_codes = second.codes + block * kBlock;
   const Floats first_scale = broadcast(first.absmax[block]);
   const Floats second_scale = broadcast(second.absmax[block]);
-  for_each_vector(count, [=, &m, &v](int64_t i, auto part) {
+  first.levels.for_each(first_codes, count, [=, &m](int64_t i, Floats level, auto part) {
+    store(m + i, level * first_scale, part);
+  });
+  LargestMagnitude first_absmax, second_absmax;
+  second.levels.for_each(second_codes, count, [&](int64_t i, Floats level, auto part) {
     read_ahead(grad + i);
     read_ahead(param + i);
     const Floats g = load(grad + i, part);
-    const Floats old_m = look_up(first.codebook, first_codes + i, part) * first_scale;
-    const Floats old_v = look_up(second.codebook, second_codes + i, part) * second_scale;
-    store(m + i, rule.first_moment(old_m, g), part);
-    store(v + i, rule.second_moment(old_v, g), part);
+    const Floats new_m = rule.first_moment(load(m + i, part), g);
+    const Floats new_v = rule.second_moment(level * second_scale, g);
+    first_absmax.add(new_m, part);
+    second_absmax.add(new_v, part);
+    store(m + i, new_m, part);
+    store(v + i, new_v, part);
   });
 
-  first.absmax[block] = largest_magnitude(m, count);
-  second.absmax[block] = largest_magnitude(v, count);
-  const BlockQuantizer first_code(first.table, first.absmax[block]);
-  const BlockQuantizer second_code(second.table, second.absmax[block]);
+  first.absmax[block] = first_absmax.get();
+  second.absmax[block] = second_absmax.get();
+  const BlockQuantizer first_code(first.nearest, first.absmax[block]);
+  const BlockQuantizer second_code(second.nearest, second.absmax[block]);
   for_each_vector(count, [=, &m, &v](int64_t i, auto part) {
     const Floats new_m = load(m + i, part), new_v = load(v + i, part);
     store(param + i, rule.param(load(param + i, part), new_m, new_v), part);
@@ -157,12 +163,13 @@ void step_block(const Rule& rule, int64_t block, int64_t count, const Grad* grad
 
 void step_with_coded_moments(const Tensors& tensors, const Rule& rule, const float* first_codebook,
                              const float* second_codebook, int threads) {
-  const NearestOf256 first_table(first_codebook), second_table(second_codebook);
+  const Table256 first_levels(first_codebook), second_levels(second_codebook);
+  const NearestOf256 first_nearest(first_codebook), second_nearest(second_codebook);
   for_each_run(tensors, threads, [&](int64_t tensor, int64_t first_block, int64_t last_block) {
-    const CodedMoment first{first_codebook, first_table,
+    const CodedMoment first{first_levels, first_nearest,
                             static_cast<uint8_t*>(tensors.first_moments[tensor]),
                             tensors.first_absmaxes[tensor]};
-    const CodedMoment second{second_codebook, second_table,
+    const CodedMoment second{second_levels, second_nearest,
                              static_cast<uint8_t*>(tensors.second_moments[tensor]),
                              tensors.second_absmaxes[tensor]};
     tensors.with_dtypes(tensor, [&](auto* grads, auto* params) {

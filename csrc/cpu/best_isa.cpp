@@ -53,8 +53,9 @@ int best_isa() {
   if (!has_bits(saved, 0x6) || !has_bits(seven.ebx, 1u << 5)) return kBaseline;  // ymm; AVX2
   const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;             // F DQ BW VL
   if (!has_bits(saved, 0xe6) || !has_bits(seven.ebx, avx512)) return kAvx2;      // zmm and masks
-  if (!has_bits(seven1.eax, 1u << 5)) return kAvx512;                            // AVX512_BF16
-  const bool has_tiles = has_bits(seven.edx, 1u << 22 | 1u << 24);               // BF16 TILE
+  const bool has_vbmi = has_bits(seven.ecx, 1u << 1), has_bf16 = has_bits(seven1.eax, 1u << 5);
+  if (!has_vbmi || !has_bf16) return kAvx512;
+  const bool has_tiles = has_bits(seven.edx, 1u << 22 | 1u << 24);  // BF16 TILE
   if (!has_bits(saved, 0x600e6) || !has_tiles || !may_use_tiles()) return kAvx512Bf16;
   return kAmx;
 }

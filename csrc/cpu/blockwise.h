@@ -44,16 +44,31 @@ void read_ahead(const Value* x) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + kDistance));
 }
 
-// The largest magnitude. Without their sign, floats are ordered as their bits are, and NaN lies
-// above infinity: an integer maximum finds it and lets NaN through.
+// The largest magnitude of all that is added. Without their sign, floats are ordered as their bits
+// are, and NaN lies above infinity: an integer maximum finds it and lets NaN through.
+class LargestMagnitude {
+ public:
+  void add(Floats x, All) {
+    const Ints magnitude = broadcast(static_cast<int32_t>(~kSignBit));
+    largest_ = larger(largest_, bit_and(bits_of(x), magnitude));
+  }
+  void add(Floats x, First part) {
+    float lanes[kLanes];
+    store(lanes, x);
+    add(load_first(lanes, part.count), All{});
+  }
+
+  float get() const { return float_of(static_cast<uint32_t>(largest(largest_))); }
+
+ private:
+  Ints largest_ = broadcast(0);
+};
+
 template <typename Value>
 float largest_magnitude(const Value* x, int64_t count) {
-  const Ints magnitude = broadcast(static_cast<int32_t>(~kSignBit));
-  Ints running = broadcast(0);
-  for_each_vector(count, [&](int64_t i, auto part) {
-    running = larger(running, bit_and(bits_of(load(x + i, part)), magnitude));
-  });
-  return float_of(static_cast<uint32_t>(largest(running)));
+  LargestMagnitude largest;
+  for_each_vector(count, [&](int64_t i, auto part) { largest.add(load(x + i, part), All{}); });
+  return largest.get();
 }
 
 // x / absmax: by the reciprocal, or by a quotient where that overflows, so that tiny blocks keep

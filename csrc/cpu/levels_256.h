@@ -3,6 +3,7 @@
 #pragma once
 
 #include "blockwise.h"
+#include "table_256.h"
 
 namespace qlora {
 
@@ -157,14 +158,14 @@ float quantize_block_8bit(const Value* x, int64_t count, const NearestOf256& tab
   return absmax;
 }
 
-// y[i] = codebook[codes[i]] * absmax, rounded once.
+// y[i] = levels[codes[i]] * absmax, rounded once.
 template <typename Value>
-void dequantize_block_8bit(const uint8_t* codes, int64_t count, float absmax, const float* codebook,
-                           Value* y) {
+void dequantize_block_8bit(const uint8_t* codes, int64_t count, float absmax,
+                           const Table256& levels, Value* y) {
   const Floats scale = broadcast(absmax);
-  for_each_vector(count, [&](int64_t i, auto part) {
+  levels.for_each(codes, count, [=](int64_t i, Floats level, auto part) {
     read_ahead(y + i);
-    store(y + i, look_up(codebook, codes + i, part) * scale, part);
+    store(y + i, level * scale, part);
   });
 }
 
