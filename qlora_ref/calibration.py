@@ -2,7 +2,9 @@
 
 The blocks of a transformer are gone through one after the other. Each is run on the calibration
 text as the blocks before it, already in 4 bits, leave it: errors made so far are in the inputs, and
-are made up for. Only the outputs of one block and the moments of its own layers are held.
+are made up for. What else a block is called with, such as its mask and its rotary embedding, is
+as in a run of the dense model: it may differ from block to block, but mostly they share it. Held
+are that, the outputs of one block and the moments of its own layers.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323), section 4, "Setup". Read next: convert.py.
 """
@@ -10,7 +12,7 @@ Source: Frantar et al., GPTQ (arXiv 2210.17323), section 4, "Setup". Read next: 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 Batch = Tensor | Mapping[str, Tensor]
+Others = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments but for the hidden states
 
 
 class _Stop(Exception):
-    """The model has come to its first block: what goes in there is known."""
+    """The model has come to its last block: what each is called with is known."""
 
 
 @torch.no_grad()
@@ -37,7 +40,8 @@ def input_moments(
              layers that lie in no block, found by running the whole model.
 
     A block is a member of the nn.ModuleList that has most of the layers below it.
-    Raises ValueError where there is no batch, or for a layer that none of them reaches.
+    Raises ValueError where there is no batch, for a layer that none of them reaches, and for a
+    block that is not called once in each run.
     """
     if not batches:
         raise ValueError("calibration needs at least one batch of text")
@@ -45,15 +49,15 @@ def input_moments(
         prefix, blocks = _blocks(model, names)
         left = list(names)
         if blocks is not None:
-            calls = [_first_call(model, blocks[0], batch) for batch in batches]
+            hidden, others = _calls(model, blocks, batches)
             for index in range(len(blocks)):
                 below = [name for name in left if name.startswith(f"{prefix}.{index}.")]
                 left = [name for name in left if name not in below]
                 if below:
                     with _watched(model, below) as moments:
-                        _run_block(blocks[index], calls)
+                        _run_block(blocks[index], hidden, others[index])
                     yield moments
-                calls = _run_block(blocks[index], calls)
+                hidden = _run_block(blocks[index], hidden, others[index])
         if left:
             with _watched(model, left) as moments:
                 for batch in batches:
@@ -61,33 +65,51 @@ def input_moments(
             yield moments
 
 
-Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # hidden states, other arguments, keywords
+def _run_block(block: nn.Module, hidden: list[Any], others: list[Others]) -> list[Any]:
+    """The hidden states that a block makes of those before it, batch by batch."""
+    outputs = [block(x, *rest, **keywords) for x, (rest, keywords) in zip(hidden, others)]
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
 
-def _run_block(block: nn.Module, calls: list[Call]) -> list[Call]:
-    """Each call with the block's output in place of its hidden states."""
-    outputs = [block(hidden, *rest, **keywords) for hidden, rest, keywords in calls]
-    hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    return [(new, rest, keywords) for new, (_, rest, keywords) in zip(hidden, calls)]
+def _calls(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch]
+) -> tuple[list[Any], list[list[Others]]]:
+    """The hidden states that the first block gets, and block by block what each gets beside them.
 
+    Both batch by batch. The later blocks' hidden states are let go of: they are of dense blocks.
+    """
+    hidden: list[Any] = []
+    others: list[list[Others]] = [[] for _ in blocks]
 
-def _first_call(model: nn.Module, block: nn.Module, batch: Batch) -> Call:
-    caught: list[Call] = []
-
-    def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def catch(
+        index: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
         keywords = dict(keywords)
-        hidden = arguments[0] if arguments else keywords.pop("hidden_states")
-        caught.append((hidden, arguments[1:], keywords))
-        raise _Stop
+        x = arguments[0] if arguments else keywords.pop("hidden_states")
+        if index == 0:
+            hidden.append(x)
+        others[index].append((arguments[1:], keywords))
+        if index == len(blocks) - 1:
+            raise _Stop
 
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [
+        block.register_forward_pre_hook(partial(catch, index), with_kwargs=True)
+        for index, block in enumerate(blocks)
+    ]
     try:
-        _run(model, batch)
-    except _Stop:
-        return caught[0]
+        for batch in batches:
+            with suppress(_Stop):
+                _run(model, batch)
     finally:
-        handle.remove()
-    raise ValueError(f"the model runs without its first {type(block).__name__}")
+        for handle in handles:
+            handle.remove()
+    for index, (block, caught) in enumerate(zip(blocks, others)):
+        if len(caught) != len(batches):
+            raise ValueError(
+                f"each run must call block {index}, a {type(block).__name__}, once, "
+                f"got {len(caught)} calls in {len(batches)} runs"
+            )
+    return hidden, others
 
 
 @contextmanager
@@ -138,14 +160,16 @@ def _run(model: nn.Module, batch: Batch) -> None:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no cache of keys and values, which a second run would add to."""
-    training, config = model.training, getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    training = model.training
+    # An encoder and a decoder, or a part that reads text, have configurations of their own.
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     model.eval()
-    if use_cache is not None:
-        setattr(config, "use_cache", False)  # noqa: B010
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
         model.train(training)
-        if use_cache is not None:
-            setattr(config, "use_cache", use_cache)  # noqa: B010
+        for config in caching:
+            config.use_cache = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def plain_moments(model: nn.Module, name: str, batches: list) -> Tensor:
     hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2).double()))
     with torch.no_grad():
         for batch in batches:
-            model(batch)
+            model(**batch) if isinstance(batch, dict) else model(batch)
     hook.remove()
     x = torch.cat(seen)
     return x.t() @ x / len(x)
@@ -57,20 +58,57 @@ def test_layers_outside_of_blocks_are_seen_in_one_run() -> None:
         assert_close(moments[name], plain_moments(model, name, batches))
 
 
-def test_each_block_sees_what_the_quantised_blocks_before_it_give(llama: Any) -> None:
-    model, batches = copy.deepcopy(llama), tokens(2)
-    names = [name for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]
-    names = [f"model.layers.{name}" for name in names]
+def gemma3() -> Any:
+    """A window of 8 tokens in the first block, all before it in the second; other rotations."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**sizes, **heads, **kinds)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def t5() -> Any:
+    """The first block makes the bias of relative positions, which the second is called with."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 512, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.T5Config(**sizes, num_layers=2, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "t5"])
+def test_each_block_sees_what_the_quantised_blocks_before_it_give(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    batches: list[Any] = tokens(2)
+    if kind == "t5":
+        model, blocks = t5(), "decoder.block"
+        batches = [{"input_ids": ids, "decoder_input_ids": ids.flip(1)} for ids in batches]
+    else:
+        model = gemma3() if kind == "gemma3" else copy.deepcopy(request.getfixturevalue("llama"))
+        blocks = "model.layers"
+    inside = model.get_submodule(blocks).named_modules()
+    names = [f"{blocks}.{name}" for name, module in inside if isinstance(module, nn.Linear)]
     seen = []
     for moments in input_moments(model, names, batches):
         for name, moment in moments.items():
-            if seen and name.startswith("model.layers.0"):
-                continue
             assert_close(moment, plain_moments(model, name, batches))
         for name in moments:  # as if quantised: something else than before
             model.get_submodule(name).weight.data *= 1.5
         seen += moments
     assert sorted(seen) == sorted(names)
+
+
+def test_one_tensor_of_hidden_states_a_batch_is_held(llama: Any) -> None:
+    model, batches, layers = copy.deepcopy(llama), tokens(2), llama.config.num_hidden_layers
+    outputs: list[Any] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, x, y: outputs.append(weakref.ref(y)))
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(layers)]
+    for index, _ in enumerate(input_moments(model, names, batches)):
+        assert sum(output() is not None for output in outputs) == (len(batches) if index else 0)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -87,6 +125,13 @@ def test_what_the_text_does_not_reach_is_named() -> None:
     model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"no input of \['idle'\]"):
         list(input_moments(model, ["used", "idle"], [normal(3, 4)]))
+
+
+def test_a_block_that_no_run_calls_is_named() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    model.forward = lambda x: model["blocks"][0](x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="block 1, a Linear, once, got 0 calls in 1 runs"):
+        list(input_moments(model, ["blocks.0", "blocks.1"], [normal(3, 4)]))
 
 
 def test_no_text_is_refused() -> None:
