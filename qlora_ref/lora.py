@@ -294,6 +294,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         # Its fast path reads linear1.weight and passes the layer by. This attribute, 0 where the
         # activation is neither ReLU nor GELU, switches that path off and decides nothing else.
         parent.activation_relu_or_gelu = 0
+    parts = name.split(".")
+    for end in range(len(parts)):
+        above = model.get_submodule(".".join(parts[:end]))
+        if isinstance(above, nn.TransformerEncoder):
+            above.use_nested_tensor = False  # only the fast path can take them
 
 
 def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

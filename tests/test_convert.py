@@ -310,6 +310,20 @@ def test_dense_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(reference() is not None for reference in references)
 
 
+@pytest.mark.parametrize("change", [convert_model, qlora_ref.add_lora])
+def test_a_transformer_encoder_takes_padding_in_evaluation(change: Any) -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    change(model)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    plain.layers = model[0].layers
+    x = normal(2, 5, 32)
+    with torch.no_grad():
+        actual, expected = (e(x, src_key_padding_mask=padding) for e in (model[0], plain))
+    assert_same_bits(actual[~padding], expected[~padding])
+
+
 def test_adapters_in_a_transformer_encoder_work_in_evaluation() -> None:
     model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
     x = normal(2, 5, 32)
