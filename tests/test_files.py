@@ -221,3 +221,110 @@ def test_a_process_killed_while_writing_leaves_the_old_content(tmp_path: Path, k
     finished = subprocess.run([sys.executable, "-c", KILLED_IN_THE_MIDDLE, str(path), kind])
     assert finished.returncode == -signal.SIGKILL
     assert content(path) == "old"
+
+
+# How a system may be without renameat2, and a process killed at its first rename or removal.
+WITHOUT = {
+    "C library": "files.ctypes.CDLL = lambda name: object()",
+    "file system": "files._RENAME_EXCHANGE = 1 << 20",  # the answer to a flag unknown to it: EINVAL
+}
+KILLED_AFTER_THE_FIRST_RENAME = """
+import os, shutil, signal, sys
+from pathlib import Path
+from qlora_ref import files
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+rename = Path.rename
+Path.rename = lambda *arguments: (rename(*arguments), die())
+shutil.rmtree = die
+exec(sys.argv[2])
+with files.written_aside(sys.argv[1]) as aside:
+    (aside / "inner").mkdir(parents=True)
+    (aside / "inner" / "content").write_text("new")
+    (aside / "new").write_text("")
+"""
+
+
+def replace_and_be_killed(path: Path, change: str) -> None:
+    write(path, "old", as_folder=True)
+    arguments = [sys.executable, "-c", KILLED_AFTER_THE_FIRST_RENAME, str(path), change]
+    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+    assert len(list(path.parent.iterdir())) == 2  # it was killed before the end
+
+
+def write_again(path: Path, and_fail: bool) -> None:
+    try:
+        with written_aside(path) as aside:
+            write(aside, "newer", as_folder=True)
+            if and_fail:
+                raise ValueError
+    except ValueError:
+        assert and_fail
+
+
+@pytest.mark.parametrize("and_fail", [False, True])
+def test_a_folder_is_there_whenever_the_process_that_replaces_it_is_killed(
+    tmp_path: Path, and_fail: bool
+) -> None:
+    one, other, path = tmp_path / "one", tmp_path / "other", tmp_path / "models" / "model"
+    one.mkdir(), other.mkdir()
+    if not files._exchange(one, other):
+        pytest.skip("renameat2 with RENAME_EXCHANGE is missing on this system or file system")
+    replace_and_be_killed(path, "")
+    assert content(path) == "new"
+    write_again(path, and_fail)
+    assert content(path) == ("new" if and_fail else "newer")
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("and_fail", [False, True])
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_a_folder_lost_between_two_renames_is_put_back_by_the_next_writer(
+    tmp_path: Path, missing: str, and_fail: bool
+) -> None:
+    path = tmp_path / "model"
+    replace_and_be_killed(path, WITHOUT[missing])
+    assert not path.exists()
+    write_again(path, and_fail)
+    assert content(path) == ("old" if and_fail else "newer")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_without_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    path = tmp_path / "model"
+    for text in ("first", "second"):
+        with written_aside(path) as aside:
+            write(aside, text, as_folder=True)
+        assert content(path) == text
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_between_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(source: Path, target: Path) -> None:
+        os.rename(source, target)
+        if source == path:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    path = tmp_path / "model"
+    write(path, "old", as_folder=True)
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+        write(aside, "new", as_folder=True)
+    assert content(path) == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_running_process_or_another_path_has_aside_is_left_alone(tmp_path: Path) -> None:
+    path, parent = tmp_path / "model", os.getppid()
+    others = [f".model.{parent}.aside", f".model.{parent}.old", f".model.b.{os.getpid()}.old"]
+    for other in others:
+        (tmp_path / other).mkdir()
+    with written_aside(path) as aside:
+        write(aside, "new", as_folder=True)
+    assert sorted(child.name for child in tmp_path.iterdir()) == sorted([*others, "model"])
