@@ -187,6 +187,17 @@ def test_a_file_may_replace_a_folder_and_a_folder_is_not_lost_to_a_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, as_folder: bool) -> None:
+    path, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    write(elsewhere, "old", as_folder)
+    path.symlink_to(elsewhere)
+    with written_aside(path) as aside:
+        write(aside, "new", as_folder)
+    assert content(path) == "new" and content(elsewhere) == "old"
+    assert sorted(tmp_path.iterdir()) == [elsewhere, path]
+
+
 def test_remains_of_a_killed_process_of_the_same_id_are_cleared(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with written_aside(path) as aside:
