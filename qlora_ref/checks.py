@@ -210,11 +210,13 @@ def _check_contiguous(name: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} are changed in place and must be contiguous")
 
 
-def check_memory(changed: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
+def check_memory(
+    changed: Iterable[Tensor], read: Iterable[tuple[Tensor, Sequence[Tensor]]] = ()
+) -> None:
     """What is changed in place can be written, and shares no memory with anything else here.
 
     changed  contiguous tensors in the memory of this process (torch_library.has_memory)
-    read     such tensors, too; each may also be one of those that are changed
+    read     such tensors, too, each with those among the changed that it may be one of
     """
     spans = sorted(map(_span, filter(Tensor.numel, changed)))
     if spans and spans[0][0] == 0:
@@ -222,7 +224,10 @@ def check_memory(changed: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None
     for (_, end), (begin, _) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError("tensors that are changed in place share memory: clone one of them")
-    for start, stop in set(map(_span, filter(Tensor.numel, read))) - set(spans):
+    for tensor, own in read:
+        start, stop = _span(tensor)
+        if start == stop or (start, stop) in map(_span, own):
+            continue
         after = bisect.bisect(spans, (start, stop))
         neighbours = spans[max(after - 1, 0) : after + 1]
         if any(begin < stop and start < end for begin, end in neighbours):

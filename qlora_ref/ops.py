@@ -202,7 +202,7 @@ def matmul_4bit(
     `dequantize_4bit` in the dtype of x; where CUDA's tensor cores multiply many tokens, levels and
     scales are rounded to that dtype as well, levels alone where AVX-512 BF16 multiplies few, and it
     is at most three times that error. AVX-512 BF16 and AMX take bfloat16 numbers below 2^-126 for
-    zero.
+    zero; AMX makes float32 weights of three such numbers, the last 2^-16 of the weight.
     Differentiable, any number of times, with respect to x and bias; `torch.func.vmap` works over x.
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.
@@ -267,7 +267,7 @@ def adamw_step(
     second_codebook  float32 (256,) or None         dynamic_codebook(signed=False)
     step             int, >= 1                      number of this step
 
-    A gradient may be one of the tensors that are changed; otherwise no two of them share memory.
+    A gradient may be its own parameter or a moment of it; otherwise no two tensors share memory.
 
     Everything is float32, in the order of the formula, without fused multiply-adds; s, c and the
     factors of the betas are worked out in float64 and rounded once, p is rounded once to its
@@ -290,8 +290,12 @@ def adamw_step(
     check_moments(shapes, second_moments, "second_moments", dtype)
     check_step(step)
     changed = [*params, *first_moments, *second_moments, *first_absmaxes, *second_absmaxes]
-    here = [grad for grad in grads if _library.has_memory(grad) and grad.is_contiguous()]
-    check_memory(filter(_library.has_memory, changed), here)
+    read = (
+        (grad, own)
+        for grad, *own in zip(grads, params, first_moments, second_moments)
+        if _library.has_memory(grad) and grad.is_contiguous()
+    )
+    check_memory(filter(_library.has_memory, changed), read)
     if params:
         _library.adamw_step(
             params,

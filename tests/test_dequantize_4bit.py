@@ -156,7 +156,7 @@ def test_result_is_a_new_tensor(device: str) -> None:
 # Past the caches where it can: beyond 8 MiB with one thread, beyond 32 with several.
 @pytest.mark.parametrize("threads,mebibytes", [(1, 8), (3, 32)])
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("block_size", [64, 100])
+@pytest.mark.parametrize("block_size", [64, 100, 2**62])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_used_buffer_is_written_in_full_and_not_beyond(
     isa: str, dtype: torch.dtype, block_size: int, offset: int, threads: int, mebibytes: int

@@ -200,6 +200,20 @@ def test_scales_that_make_up_for_the_tokens(
     assert_is_accurate(x, weight, dense, device)
 
 
+# The same of levels, of a codebook that is not normalised.
+@pytest.mark.parametrize("size,power", [(100.0, 126), (2.0**-50, -100)])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_that_make_up_for_the_levels(
+    dtype: torch.dtype, tokens: int, size: float, power: int, device: str
+) -> None:
+    weight, dense = large_weight(16, 256, 64)
+    weight.codebook.mul_(2.0**power)
+    weight.absmax.mul_(2.0**-power)
+    x = normal(tokens, 256, seed=3, dtype=dtype).abs() * size
+    assert_is_accurate(x, weight, dense, device)
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_infinities_and_nan_stay_in_their_token(transposed: bool, tokens: int, device: str) -> None:

@@ -216,6 +216,9 @@ def test_what_changes_in_place_must_not_overlap() -> None:
         step(parts[0], parts[1], parts[2], parts[2])
     with pytest.raises(ValueError, match="gradient shares memory"):
         step(parts[0], memory[1 : N + 1], parts[2], parts[3])
+    both, others, *moments = ([tensor, tensor.clone()] for tensor in parts)
+    with pytest.raises(ValueError, match="gradient shares memory"):  # though it may be its own one
+        ops.adamw_step(both, [others[0], both[0]], *moments, **ADAMW)
     params = [torch.nn.Parameter(part) for part in (memory[:N], memory[N - 1 : 2 * N])]
     for param in params:
         param.grad = torch.ones_like(param)

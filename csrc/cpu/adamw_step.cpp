@@ -122,9 +122,9 @@ struct CodedMoment {
   float* absmax;
 };
 
-// One block. Its new moments are in the first-level cache between the two loops, since codes need
-// the absmax of all of them. The second loop has both what is slow, the root and the quotient, and
-// the look-ups for the new codes: they are different units of a processor, and work side by side.
+// One block. Its new moments are in the first-level cache before the last loop, since codes need
+// the absmax of all of them. That loop has both what is slow, the root and the quotient, and the
+// look-ups for the new codes: they are different units of a processor, and work side by side.
 template <typename Grad, typename Param>
 void step_block(const Rule& rule, int64_t block, int64_t count, const Grad* grad,
                 const CodedMoment& first, const CodedMoment& second, Param* param) {

@@ -10,10 +10,6 @@
 
 namespace qlora {
 
-// Values that are worked on at a time: a buffer of them stays in the first-level cache, and a
-// constant trip count spares the loops their remainders.
-constexpr int kChunk = 64;
-
 // Below this number of values, waking other threads costs more than it saves (torch's own limit).
 constexpr int64_t kParallelMinimum = 32768;
 
@@ -87,15 +83,6 @@ class Normaliser {
   bool divides_;
   Floats scale_;
 };
-
-// normalised[i] = x[i] / absmax.
-template <typename Value>
-void normalise(const Value* x, int count, float absmax, float* normalised) {
-  const Normaliser normaliser(absmax);
-  for_each_vector(count, [=](int64_t i, auto part) {
-    store(normalised + i, normaliser(load(x + i, part)), part);
-  });
-}
 
 // Where the nearest level changes (codebooks.decision_thresholds): a value has the code
 // `codes[number of thresholds < value]`. NaN is above no threshold.

@@ -19,14 +19,10 @@ bool can_stream(const Value* y, int64_t block_size) {
          block_size * sizeof(Value) % kStreamAlignment == 0;
 }
 
-// Asks for codes ahead of their use. Behind the array's end this reads nothing: it only asks.
-void prefetch_codes(const uint8_t* packed, int64_t bytes) {
-  constexpr uintptr_t kAhead = 512;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(packed) + kAhead;
-  for (int64_t byte = 0; byte < bytes; byte += 64) {
-    prefetch_for_one_use(reinterpret_cast<const void*>(first + byte));
-  }
-}
+// Bytes of codes between those that are asked for and those that are used; and how many are asked
+// for at a time at most, so that they are still in the first-level cache when they are used.
+constexpr uintptr_t kCodesAhead = 512;
+constexpr int64_t kMostCodes = 4096;
 
 // The blocks from `first` to before `last`.
 template <bool kStream, typename Value>
@@ -34,12 +30,14 @@ void dequantize(const uint8_t* packed, const Scales& scales, const float* codebo
                 int64_t block_size, int64_t n, bool exceeds_caches, Value* y, int64_t first,
                 int64_t last) {
   for (int64_t block = first; block < last; ++block) {
-    const int64_t start = block * block_size;
-    // The codes leave the caches to the values, which are more.
-    if (exceeds_caches) prefetch_codes(packed + start / 2, block_size / 2);
-    const ScaledLevels<Value> levels(codebook, scales[block]);
     // Blocks are even, so each starts with a byte of its own.
-    restore_codes<kStream>(levels, packed + start / 2, std::min(block_size, n - start), y + start);
+    const int64_t start = block * block_size, count = std::min(block_size, n - start);
+    // The codes leave the caches to the values, which are more.
+    if (exceeds_caches) {
+      prefetch_bytes<kOnce>(packed + start / 2, std::min(count / 2, kMostCodes), kCodesAhead);
+    }
+    const ScaledLevels<Value> levels(codebook, scales[block]);
+    restore_codes<kStream>(levels, packed + start / 2, count, y + start);
   }
   if (kStream && first < last) fence_streams();
 }

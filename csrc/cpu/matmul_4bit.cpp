@@ -66,9 +66,18 @@ template <typename Value>
 bool has_extreme_token(const Product<Value>& product) {
   for (int64_t token = 0; token < product.tokens; ++token) {
     const float largest = largest_magnitude(product.x + token * product.depth, product.depth);
-    if (largest > 0 && !(largest >= 0x1p-60f && largest <= 0x1p110f)) return true;
+    if (largest > 0 && !(largest >= 0x1p-60f && largest <= 0x1p100f)) return true;
   }
   return false;
+}
+
+// What is infinite stays so in any order.
+bool has_extreme_levels(const float* codebook) {
+  float largest = 0;
+  for (int i = 0; i < 16; ++i) {
+    if (std::isfinite(codebook[i])) largest = std::max(largest, std::abs(codebook[i]));
+  }
+  return largest > 0 && !(largest >= 0x1p-20f && largest <= 0x1p10f);
 }
 
 // Takes this way, if it suits the product.
@@ -78,7 +87,8 @@ bool multiply_few(const Product<Value>& product, int threads, Status* status) {
   const Weight& weight = product.weight;
   const bool suits = Chosen::kLeast <= product.tokens && product.tokens <= Chosen::kMost &&
                      Few::fits(weight) && Chosen::Steps::suits(weight.codebook) &&
-                     (Chosen::Steps::kScalesLevels || !has_extreme_token(product));
+                     (Chosen::Steps::kScalesLevels ||
+                      !(has_extreme_levels(weight.codebook) || has_extreme_token(product)));
   if (suits) *status = Few(product, threads).run();
   return suits;
 }

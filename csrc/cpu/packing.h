@@ -32,11 +32,11 @@ inline __m128i gather_bytes(Ints x) {
 inline uint64_t gather_bytes(Ints x) {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   const Bytes bytes = reinterpret_cast<Bytes>(x);
-  const Bytes order = {0, 8, 1, 9, 2, 10, 3, 11};
-  const Bytes gathered = __builtin_shuffle(bytes, order);
-  uint64_t first;
-  std::memcpy(&first, &gathered, sizeof first);
-  return first;
+  const auto in_order = __builtin_shufflevector(bytes, bytes, 0, 8, 1, 9, 2, 10, 3, 11);
+  uint64_t gathered;
+  static_assert(sizeof in_order == sizeof gathered);
+  std::memcpy(&gathered, &in_order, sizeof gathered);
+  return gathered;
 }
 
 #endif

@@ -34,6 +34,8 @@ inline Ints largest_in_places(const Value* x) {
   }
 }
 
+constexpr int kChunk = 64;  // values of which the largest is found at a time
+
 // The largest magnitude in one of the lanes; none of the others exceeds it.
 template <typename Value>
 inline Ints largest_in_lanes(const Value* x, int64_t count) {
@@ -111,13 +113,9 @@ constexpr int64_t kValuesAhead = 1024;
 constexpr int64_t kValuesAhead = 4096;
 #endif
 
-// Asks for values ahead of their use. Behind the array's end this reads nothing: it only asks.
 template <typename Value>
 void prefetch_values(const Value* x, int64_t count) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(x) + kValuesAhead * sizeof(Value);
-  for (uintptr_t i = 0; i < count * sizeof(Value); i += 64) {
-    prefetch(reinterpret_cast<const void*>(ahead + i));
-  }
+  prefetch_bytes(x, count * sizeof(Value), kValuesAhead * sizeof(Value));
 }
 
 // How values of one dtype are quantised.

@@ -48,7 +48,7 @@ struct Scales {
   void prefetch_blocks(int64_t first, int64_t count) const {
     const int64_t size = nested_absmax == nullptr ? sizeof(float) : sizeof(uint8_t);
     const char* start = static_cast<const char*>(absmax) + first * size;
-    for (int64_t byte = 0; byte < count * size; byte += 64) prefetch(start + byte);
+    prefetch_bytes(start, count * size);
   }
 };
 

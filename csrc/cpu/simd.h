@@ -24,17 +24,25 @@
 
 namespace qlora {
 
-// Asks for a cache line ahead of its use, where it need not exist. To the second-level cache: the
-// first one keeps track of fewer requests at a time than it takes to read at full speed.
+// For how long something that is asked for ahead of its use may stay in the caches. In the
+// second-level cache: the first one keeps track of fewer requests at a time than it takes to read
+// at full speed. Once: it takes no other's place in the larger caches.
+constexpr int kInSecondLevel = 2, kOnce = 0;
+
+// Asks for a cache line, which need not exist.
+template <int kStay = kInSecondLevel>
 inline void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
+  __builtin_prefetch(address, 0, kStay);
   asm volatile("");  // gcc drops calls of functions that do nothing but prefetch
 }
 
-// The same for what is used once: it takes no other's place in the larger caches.
-inline void prefetch_for_one_use(const void* address) {
-  __builtin_prefetch(address, 0, 0);
-  asm volatile("");
+// The same for `bytes` bytes, which begin `ahead` bytes behind an address.
+template <int kStay = kInSecondLevel>
+inline void prefetch_bytes(const void* address, int64_t bytes, uintptr_t ahead = 0) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(address) + ahead;
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    prefetch<kStay>(reinterpret_cast<const void*>(first + byte));
+  }
 }
 
 // Keeps x in a register, where a compiler would load it anew for each use: there are fewer loads a

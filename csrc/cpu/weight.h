@@ -69,8 +69,7 @@ inline void prefetch_row(const Weight& weight, int64_t row, int64_t begin, int64
   const int64_t position = row * weight.columns + begin;
   const int64_t first = weight.block_of(position), last = weight.block_of(position + count - 1);
   weight.scales.prefetch_blocks(first, last + 1 - first);
-  for (int64_t byte = 0; byte < count / 2; byte += 64)
-    prefetch(weight.packed + position / 2 + byte);
+  prefetch_bytes(weight.packed + position / 2, count / 2);
 }
 
 // Restores `count` values of a row, from `begin` on, in order, with what the codes of each block
