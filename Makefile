@@ -37,7 +37,7 @@ sanitize: .venv/test/installed
 count-instructions: .venv/test/installed
 	.venv/test/bin/python benchmarks/instruction_counts.py --check
 
-# Every operation and a whole training step beside their peers, with 1 and 2 threads: about 15 minutes,
+# Every operation and a whole training step beside their peers, with 1 thread and several: 40 minutes,
 # hours where torch has no fast bfloat16, since bench_finetune.py takes its peers' steps in bfloat16.
 bench: .venv/test/installed
 	$(COMPILE_NOTHING) .venv/test/bin/pip install --quiet -c constraints.txt -e '.[bench]'

@@ -4,8 +4,9 @@ On the disk and in a repository's browser `[ops.py](../qlora_ref/ops.py)` works 
 has no such file; there the link leads to a page that shows it. A link to a file that does not exist
 stays as it is, and `mkdocs build --strict` fails.
 
-Nothing is written twice: `<!-- section of README.md: Speed -->` stands for that section of that
-file, `<!-- code of F -->` for the code in a file, `<!-- code of F.py: name -->` for one function.
+Nothing is written twice: `<!-- section of README.md: Reading order -->` stands for that section of
+that file, `<!-- code of F -->` for the code in a file, `<!-- code of F.py: name -->` for one
+function.
 """
 
 from __future__ import annotations
