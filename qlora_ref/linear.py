@@ -15,6 +15,10 @@ from qlora_ref import ops
 from qlora_ref.module4bit import Module4bit
 from qlora_ref.quantized import QuantizationError, quantize
 
+# Of a layer whose weight is replaced at once: no storage, plain scales, and a dtype that can be
+# quantised, whatever the default one is.
+PLACEHOLDER: dict[str, Any] = {"double_quant": False, "device": "meta", "dtype": torch.float32}
+
 
 class Linear4bit(Module4bit, nn.Linear):
     """y = x W^T + bias with W in 4 bits; gradients flow to x and to the bias, not to W.
@@ -75,9 +79,7 @@ class Linear4bit(Module4bit, nn.Linear):
         """
         weight, bias = dense_parameters(linear)
         rows, columns = weight.shape
-        # Without storage and with plain scales: a weight that is replaced at once.
-        empty: dict[str, Any] = {"double_quant": False, "device": "meta"}
-        layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, **empty)
+        layer = cls(columns, rows, bias is not None, compute_dtype=compute_dtype, **PLACEHOLDER)
         options = codebook, block_size, double_quant, True, scale_search, hessian
         layer.set_quantized_weight(quantize(weight.detach(), *options))
         layer.bias = bias  # type: ignore[assignment]  # nn.Linear says Parameter; None is allowed
@@ -90,7 +92,7 @@ class Linear4bit(Module4bit, nn.Linear):
         old = self.quantized_weight
         levels = old.codebook_name if old.codebook_name != "custom" else old.codebook
         new = quantize(weight, levels, old.block_size, old.double_quant)
-        layer = Linear4bit(self.in_features, self.out_features, bias is not None, device="meta")
+        layer = Linear4bit(self.in_features, self.out_features, bias is not None, **PLACEHOLDER)
         layer.compute_dtype, layer.bias = self.compute_dtype, bias  # type: ignore[assignment]
         layer.set_quantized_weight(new.to(old.dtype))
         return layer.train(training), new.error(weight)
@@ -175,7 +177,15 @@ class Embedding4bit(Module4bit, nn.Embedding):
         double_quant: bool = True,
     ) -> Embedding4bit:
         """Quantise the table of an nn.Embedding, which is left as it is."""
-        layer = cls(
+        layer = cls.without_weight(embedding)
+        weight = embedding.weight.detach()
+        layer.set_quantized_weight(quantize(weight, codebook, block_size, double_quant))
+        return layer.train(embedding.training)
+
+    @classmethod
+    def without_weight(cls, embedding: nn.Embedding) -> Embedding4bit:
+        """A layer with the options of an nn.Embedding, whose table is set next."""
+        return cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
             embedding.padding_idx,
@@ -183,11 +193,8 @@ class Embedding4bit(Module4bit, nn.Embedding):
             embedding.norm_type,
             embedding.scale_grad_by_freq,
             embedding.sparse,
-            device="meta",
+            **PLACEHOLDER,
         )
-        weight = embedding.weight.detach()
-        layer.set_quantized_weight(quantize(weight, codebook, block_size, double_quant))
-        return layer.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """int64 or int32 (...) to (..., embedding_dim)."""

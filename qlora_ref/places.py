@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_ref.linear import Embedding4bit, Linear4bit, dense_parameters, is_conv1d
+from qlora_ref.linear import (
+    PLACEHOLDER,
+    Embedding4bit,
+    Linear4bit,
+    dense_parameters,
+    is_conv1d,
+)
 from qlora_ref.lora import replace_module
 from qlora_ref.module4bit import Module4bit
 from qlora_ref.parameter4bit import (
@@ -97,11 +103,11 @@ def layer_for(old: nn.Module) -> Module4bit | None:
         return old
     if isinstance(old, nn.Linear) or is_conv1d(old):  # a Conv1D's is stored as (N, K), too
         weight, bias = dense_parameters(old)
-        layer = Linear4bit(weight.shape[1], weight.shape[0], double_quant=False, device="meta")
+        layer = Linear4bit(weight.shape[1], weight.shape[0], **PLACEHOLDER)
         layer.bias = bias  # type: ignore[assignment]
         return layer
     if isinstance(old, nn.Embedding):
-        return Embedding4bit(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta")
+        return Embedding4bit.without_weight(old)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from qlora_ref import torch_library
+from qlora_ref.checkpoint import load_model_state, save_model
 from qlora_ref.codebooks import CODEBOOKS
 from qlora_ref.linear import Embedding4bit, Linear4bit
 from qlora_ref.quantized import quantize
@@ -372,3 +374,14 @@ def test_embedding_takes_every_argument_of_nn_embedding() -> None:
     )
     assert layer.training and not taken_over.training
     assert Embedding4bit(50, 24, device="meta").weight.shape == (50 * 24 // 2, 1)
+
+
+def test_an_embedding_that_is_loaded_into_a_dense_model_keeps_its_options(tmp_path: Path) -> None:
+    layer, table = embedding4bit(padding_idx=1, max_norm=4.8, norm_type=3.0, sparse=True)
+    save_model(nn.Sequential(layer), tmp_path / "model")
+    model = nn.Sequential(table)
+    load_model_state(model, tmp_path / "model")
+    for name in nn.Embedding.__constants__:
+        assert getattr(model[0], name) == getattr(table, name)
+    indices = torch.arange(50)
+    assert_same_bits(model(indices), layer(indices))
