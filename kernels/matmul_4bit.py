@@ -114,7 +114,7 @@ def _launch_tiled(
         _matmul_tiled[grid](*tensors, bias_or_any, y, *sizes, HAS_BIAS=has_bias, **options)
         return
     # Parts of a sum are added up in order by a kernel of their own: the same bits every time.
-    parts = torch.empty((splits, *y.shape), device=y.device)
+    parts = torch.empty((splits, *y.shape), dtype=torch.float32, device=y.device)
     _matmul_tiled[grid](*tensors, bias_or_any, parts, *sizes, HAS_BIAS=False, **options)
     tokens, outputs = sizes[0], y.shape[-1]
     blocks = (triton.cdiv(tokens, 16), triton.cdiv(outputs, 256))

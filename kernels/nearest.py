@@ -56,7 +56,7 @@ def _make_nearest(codebook: Tensor) -> NearestTable:
     thresholds, codes = _thresholds(levels)
     shift, below, inside = _buckets(thresholds)
     compares = max(1, int(inside.max()))
-    padded = torch.cat([thresholds, torch.full((compares,), math.inf)])
+    padded = torch.cat([thresholds, thresholds.new_full((compares,), math.inf)])
     if compares == 1:
         threshold = torch.where(inside > 0, padded[below], math.inf)
         entries = _entries(threshold, codes[below], codes[below + inside])
@@ -83,7 +83,7 @@ def _buckets(thresholds: Tensor) -> tuple[int, Tensor, Tensor]:
         if counts.max() <= 1:
             break
     below = (counts.cumsum(0) - counts)[rank]
-    below[bucket % half >= _bits(torch.tensor(math.inf)) >> shift] = 0  # where NaN goes
+    below[bucket % half >= _bits(thresholds.new_tensor(math.inf)) >> shift] = 0  # where NaN goes
     return shift, below, counts[rank]
 
 

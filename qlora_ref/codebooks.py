@@ -58,7 +58,7 @@ def normal_float_codebook(bits: int, offset: float = NORMAL_FLOAT_OFFSET) -> Ten
     half = 2 ** (bits - 1)
     positive = normal_quantiles(offset, half)
     negative = -normal_quantiles(offset, half - 1)
-    levels = torch.cat([negative, torch.zeros(1), positive]).sort().values
+    levels = torch.cat([negative, positive.new_zeros(1), positive]).sort().values
     return levels / levels.max()
 
 
@@ -175,13 +175,14 @@ def dynamic_codebook(signed: bool = True) -> Tensor:
     Source: Dettmers, 8-Bit Approximations for Parallelism (arXiv 1511.04561), and 8-bit Optimizers
     via Block-wise Quantization (arXiv 2110.02861).
     """
-    positive = [torch.tensor([1.0])]
+    positive = [torch.ones(1, dtype=torch.float32)]
     for decade in range(7):
         cells = 2**decade if signed else 2 ** (decade + 1)
         edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32)
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
     negative = [-centres for centres in positive[1:]] if signed else []
-    return torch.cat([*negative, torch.zeros(1), *positive]).sort().values
+    zero = torch.zeros(1, dtype=torch.float32)
+    return torch.cat([*negative, zero, *positive]).sort().values
 
 
 # name -> bits, and whether blocks are divided by their largest value with its sign: these levels

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qlora_ref import torch_library
-from qlora_ref.codebooks import dynamic_codebook
+from qlora_ref.checks import check_table
+from qlora_ref.codebooks import CODES_8BIT, dynamic_codebook
 from qlora_ref.paged import DEFAULT_RESIDENT_BYTES
 from qlora_ref.paging.layout import Fields, state_fields
 from qlora_ref.state_optimizer import Batch, StateOptimizer
@@ -99,5 +100,7 @@ def adamw_fields(state_bits: int) -> Fields:
 
 @functools.cache
 def _codebook(signed: bool, device: torch.device) -> Tensor:
-    # Every step wants both; nothing changes them.
-    return dynamic_codebook(signed).to(device)
+    # Every step wants both; nothing changes them. Kernels read them as float32 without a look.
+    codebook = dynamic_codebook(signed).to(device)
+    check_table("codebook", codebook, CODES_8BIT)
+    return codebook

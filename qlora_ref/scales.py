@@ -32,7 +32,8 @@ def block_signs(x: Tensor, block_size: int) -> Tensor:
     blocks = split_blocks(x.flatten().float(), block_size)
     if not len(blocks):
         return blocks.new_empty(0)
-    return torch.where(-blocks.amin(dim=1) > blocks.amax(dim=1), -1.0, 1.0)
+    signs = torch.where(-blocks.amin(dim=1) > blocks.amax(dim=1), -1.0, 1.0)
+    return signs.float()  # of two numbers `where` makes the default dtype
 
 
 def search_scales(x: Tensor, codebook: Tensor, block_size: int, signed: bool = False) -> Tensor:

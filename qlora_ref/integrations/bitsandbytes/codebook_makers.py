@@ -18,14 +18,15 @@ def create_dynamic_map(
     Source: Dettmers et al. (arXiv 2110.02861), section 1.3; codebooks.dynamic_codebook.
     """
     bits = total_bits - 1
-    positive = [torch.tensor([1.0])]
+    positive = [torch.ones(1, dtype=torch.float32)]
     for decade in range(max_exponent_bits):
         cells = 2 ** (decade + bits - max_exponent_bits + (0 if signed else 1))
         edges = torch.linspace(0.1, 1.0, int(cells) + 1, dtype=torch.float32)
         scale = 10.0 ** (decade - (max_exponent_bits - 1))
         positive.append((edges[:-1] + edges[1:]) / 2 * scale)
     negative = [-centres for centres in positive[1:]] if signed else []
-    return _filled(torch.cat([*negative, torch.zeros(1), *positive]))
+    zero = torch.zeros(1, dtype=torch.float32)
+    return _filled(torch.cat([*negative, zero, *positive]))
 
 
 def create_fp8_map(
@@ -53,7 +54,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     """Levels in equal steps from -1 (or 0, unsigned) to 1."""
     with_zero = signed and (add_zero or total_bits < 8)  # an odd number of steps meets 0
     count = 2**total_bits - with_zero
-    return _filled(torch.linspace(-1.0 if signed else 0.0, 1.0, count))
+    return _filled(torch.linspace(-1.0 if signed else 0.0, 1.0, count, dtype=torch.float32))
 
 
 def create_normal_map(offset: float = NORMAL_FLOAT_OFFSET, use_extra_value: bool = True) -> Tensor:
@@ -65,5 +66,5 @@ def create_normal_map(offset: float = NORMAL_FLOAT_OFFSET, use_extra_value: bool
 
 
 def _filled(levels: Tensor) -> Tensor:
-    zeros = torch.zeros(max(0, _LEVELS - levels.numel()))
+    zeros = levels.new_zeros(max(0, _LEVELS - levels.numel()))
     return torch.cat([levels, zeros]).sort().values

@@ -116,7 +116,7 @@ class QuantState:
             raise ValueError(f"the state lacks {sorted(missing)}")
         offset, state2 = None, None
         if "nested_absmax" in found:
-            offset = torch.tensor(float(found["nested_offset"])).to(device)
+            offset = torch.tensor(float(found["nested_offset"]), dtype=torch.float32).to(device)
             state2 = cls(
                 found["nested_absmax"].to(device),
                 code=found["nested_quant_map"].to(device),
