@@ -72,6 +72,10 @@ class AdamW(StateOptimizer):
         """See StateOptimizer."""
         return adamw_fields(group["state_bits"])
 
+    def count_betas(self, group: dict[str, Any]) -> int:
+        """See StateOptimizer."""
+        return 2
+
     def step_alike(self, batch: Batch, group: dict[str, Any], step: int) -> None:
         """See StateOptimizer."""
         fields = self.fields(group)

@@ -25,12 +25,14 @@ class Rule:
     """What an optimizer does to a parameter.
 
     update     (param, grad, moments, options, step) -> None, all float32, in place; step from 1
+    betas      those of its source, as many as it has
     signed     for each moment, by name: whether it can be negative, which decides its 8-bit levels
     direction  the same arguments -> Tensor: what a step goes along, of a rule that has to know
                the norm of all of it. It updates the moments and leaves the parameter
     """
 
     update: Callable[[Tensor, Tensor, list[Tensor], Options, int], None]
+    betas: tuple[float, ...]
     signed: dict[str, bool]
     direction: Callable[[Tensor, Tensor, list[Tensor], Options, int], Tensor] | None = None
 
@@ -187,11 +189,11 @@ def _squares_of_blocks(values: Tensor) -> Tensor:
 
 
 RULES = {
-    "momentum": Rule(momentum, {"momentum": True}),
-    "rmsprop": Rule(rmsprop, {"square": False}),
-    "adagrad": Rule(adagrad, {"sum": False}),
-    "lion": Rule(lion, {"momentum": True}),
-    "lars": Rule(lars, {"momentum": True}, _lars_direction),
-    "lamb": Rule(lamb, {"momentum": True, "square": False}, _lamb_direction),
-    "ademamix": Rule(ademamix, {"fast": True, "slow": True, "square": False}),
+    "momentum": Rule(momentum, (0.9,), {"momentum": True}),
+    "rmsprop": Rule(rmsprop, (0.9,), {"square": False}),
+    "adagrad": Rule(adagrad, (), {"sum": False}),
+    "lion": Rule(lion, (0.9, 0.99), {"momentum": True}),
+    "lars": Rule(lars, (0.9,), {"momentum": True}, _lars_direction),
+    "lamb": Rule(lamb, (0.9, 0.999), {"momentum": True, "square": False}, _lamb_direction),
+    "ademamix": Rule(ademamix, (0.9, 0.999, 0.9999), {"fast": True, "slow": True, "square": False}),
 }

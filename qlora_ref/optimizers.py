@@ -30,7 +30,8 @@ class RuleOptimizer(StateOptimizer):
     params          as for torch.optim: tensors or groups, each with its own options
     rule            a name of RULES
     lr, eps, weight_decay   float, >= 0
-    betas           floats in [0, 1): as many as the rule has, of which the first is the momentum
+    betas           floats in [0, 1): as many as the rule has, of which the first is the momentum;
+                    None: those of its source
     alpha           float, >= 0; of ademamix only
     t_alpha, t_beta3   int or None: steps in which these two of ademamix reach their values
     max_unorm       float, >= 0; of lars and lamb: the longest step, beside the parameter's norm
@@ -51,7 +52,7 @@ class RuleOptimizer(StateOptimizer):
         params: Iterable[Any],
         rule: str,
         lr: float,
-        betas: tuple[float, ...] = (0.9, 0.99),
+        betas: tuple[float, ...] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         alpha: float = 0.0,
@@ -65,6 +66,7 @@ class RuleOptimizer(StateOptimizer):
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
+        betas = RULES[rule].betas if betas is None else betas
         defaults: Options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "state_bits": state_bits, "max_unorm": max_unorm}
         defaults |= {"rule": rule, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -73,6 +75,10 @@ class RuleOptimizer(StateOptimizer):
     def fields(self, group: Options) -> Fields:
         """See StateOptimizer."""
         return _fields(group["rule"], group["state_bits"])
+
+    def count_betas(self, group: Options) -> int:
+        """See StateOptimizer."""
+        return len(RULES[group["rule"]].betas)
 
     def survey(self, trained: list[Tensor], parts: Parts) -> None:
         """See StateOptimizer: the norms of whole parameters, for the rules that need them."""

@@ -77,6 +77,10 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         """The tensors of the state of each parameter of a group."""
 
     @abstractmethod
+    def count_betas(self, group: Options) -> int:
+        """How many betas a step of a group has."""
+
+    @abstractmethod
     def step_alike(self, batch: Batch, group: Options, step: int) -> None:
         """Update parameters, or parts of them, of one group and device; `step` counts from 1."""
 
@@ -89,7 +93,8 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: Options) -> None:
         """Add parameters with options of their own. Raises ValueError for options out of range."""
-        _check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        _check_options(options, self.count_betas(options))
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -120,8 +125,18 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
             except BaseException:
                 _count(states, -1)  # nothing else has changed
                 raise
-        for group, batch in zip(self.param_groups, whole):
-            self._step_batch(batch, group)
+        left = [
+            (alike, group, step)
+            for group, batch in zip(self.param_groups, whole)
+            for alike, step in self._alike(batch)
+        ]
+        while left:
+            try:
+                self.step_alike(*left[0])
+            except BaseException:
+                _count([alike.states for alike, _, _ in left], -1)  # these have not moved
+                raise
+            del left[0]
         return loss
 
     def paging_report(self) -> PagingReport | None:
@@ -178,19 +193,18 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         for number, members in found.items():
             batch, group = Batch(*zip(*members)), self.param_groups[number]
             _check_states(batch.params, self.fields(group), batch.states)
-            self._step_batch(batch, group)
+            for alike, step in self._alike(batch):
+                self.step_alike(alike, group, step)
 
-    def _step_batch(self, batch: Batch, group: Options) -> None:
-        """Update what belongs to a group: all in one call, if one can take it."""
+    def _alike(self, batch: Batch) -> list[tuple[Batch, int]]:
+        """What belongs to a group, by step and device: all together, if these are the same."""
         steps = [self.state[owner]["step"] for owner in batch.owners]
         if len(set(steps)) == len(set(map(_device, batch.params))) == 1:
-            self.step_alike(batch, group, steps[0])
-            return
+            return [(batch, steps[0])]
         kinds: dict[Any, list[Slice]] = {}
         for step, part in zip(steps, map(Slice, *batch)):
             kinds.setdefault((step, part.param.device), []).append(part)
-        for (step, _), alike in kinds.items():
-            self.step_alike(Batch(*zip(*alike)), group, step)
+        return [(Batch(*zip(*alike)), step) for (step, _), alike in kinds.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """As of torch; a paged state comes as tensors mapped from a file, as it is now."""
@@ -263,17 +277,19 @@ class StateOptimizer(torch.optim.Optimizer, ABC):
         return super().__getstate__()
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(options: Options, betas: int) -> None:
     for name in ("lr", "eps", "weight_decay", "alpha", "max_unorm"):
         if not 0 <= options.get(name, 0):
             raise ValueError(f"{name} must be at least 0, got {options[name]}")
+    if len(options["betas"]) != betas:
+        raise ValueError(f"betas must hold {betas} numbers, got {options['betas']}")
     if not all(0 <= beta < 1 for beta in options["betas"]):
         raise ValueError(f"betas must be at least 0 and below 1, got {options['betas']}")
     if options["state_bits"] not in STATE_BITS:
         raise ValueError(f"state_bits must be 32 or 8, got {options['state_bits']}")
 
 
-def _count(states: list[list[Options]], steps: int) -> None:
+def _count(states: Iterable[Sequence[Any]], steps: int) -> None:
     for members in states:
         for state in members:
             state["step"] += steps

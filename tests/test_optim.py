@@ -295,6 +295,7 @@ def test_deepcopy_goes_its_own_way_with_the_same_bits(state_bits: int) -> None:
         ({"eps": -1e-8}, "eps must be at least 0, got -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, r"betas must hold 2 numbers, got \(0.9,\)"),
         ({"betas": (-0.1, 0.9)}, "betas must be at least 0"),
         ({"state_bits": 16}, "state_bits must be 32 or 8, got 16"),
     ),

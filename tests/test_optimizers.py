@@ -33,6 +33,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 EIGHT_BITS = [name for name in CASES if name not in ("Adam", "AdEMAMix-warm")]
 PAGED = ["Lion", "AdEMAMix"]  # by name; others with RuleOptimizer(..., paged=True)
+SOURCES_BETAS: dict[str, tuple[float, ...]] = {
+    "momentum": (0.9,),
+    "rmsprop": (0.9,),
+    "adagrad": (),
+    "lion": (0.9, 0.99),
+    "lars": (0.9,),
+    "lamb": (0.9, 0.999),
+    "ademamix": (0.9, 0.999, 0.9999),
+}
 # Each step rounds the parameter, about 1, and a step of about 0.01 a few times.
 ROUNDINGS = STEPS * 4 * 2.0**-24
 
@@ -178,9 +187,8 @@ def test_parameters_of_16_bits_are_rounded_once_a_step(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("rule", RULES)
 def test_training_goes_on_from_a_saved_state(rule: str, bits: int) -> None:
-    betas = (0.9, 0.99, 0.999)[: 2 if rule in ("lion", "lamb") else 3]
     param = nn.Parameter(normal(40, 130, seed=0).bfloat16())
-    options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "state_bits": bits}
+    options: dict[str, Any] = {"lr": 1e-2, "state_bits": bits}
     optimizer = RuleOptimizer([param], rule, **options)
     other, saved = None, io.BytesIO()
     for number, grad in enumerate(gradients()):
@@ -236,8 +244,7 @@ def set_gradients(params: list[nn.Parameter], step: int) -> None:
 def test_a_paged_state_gives_the_bits_of_one_in_memory(
     tmp_path: Path, rule: str, bits: int, dtype: torch.dtype
 ) -> None:
-    betas = (0.9, 0.99, 0.999)[: 2 if rule in ("lion", "lamb") else 3]
-    options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "state_bits": bits}
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "state_bits": bits}
     options["max_unorm"] = 0.02  # every step of lars and lamb is longer, and cut down
     pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
     plain, paged = (
@@ -287,8 +294,9 @@ def test_a_paged_step_is_cut_down_by_the_norms_of_whole_parameters(
     tmp_path: Path, rule: str
 ) -> None:
     param = nn.Parameter(normal(700, 601, seed=0))
+    betas = (0.0,) if rule == "lars" else (0.0, 0.0)
     pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
-    optimizer = RuleOptimizer([param], rule, 0.5, (0.0, 0.0), max_unorm=0.02, **pages)
+    optimizer = RuleOptimizer([param], rule, 0.5, betas, max_unorm=0.02, **pages)
     # Larger in each row than in the one before: no part is like the whole.
     param.grad = normal(700, 601, seed=1) * torch.arange(1, 701)[:, None]
     before = param.detach().double()
@@ -306,8 +314,8 @@ def test_a_disk_that_fails_while_norms_are_taken_changes_nothing(
 ) -> None:
     pages = {"paged": "file", "resident_bytes": 1 << 20, "page_directory": tmp_path}
     params, plain = large_parameters(torch.float32), large_parameters(torch.float32)
-    paged = RuleOptimizer(params, rule, 1e-2, (0.9, 0.99), **pages)
-    expected = RuleOptimizer(plain, rule, 1e-2, (0.9, 0.99))
+    paged = RuleOptimizer(params, rule, 1e-2, **pages)
+    expected = RuleOptimizer(plain, rule, 1e-2)
     for step in range(3):
         set_gradients(params, step)
         set_gradients(plain, step)
@@ -331,13 +339,27 @@ def fail(*arguments: Any) -> None:
         ({"rule": "adam"}, "rule must be one of"),
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
-        ({"betas": (1.0,)}, "betas must be"),
+        ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1, got"),
+        ({"betas": (0.9,)}, "betas must hold 2 numbers, got"),
+        ({"rule": "ademamix", "betas": (0.9, 0.999)}, "betas must hold 3 numbers, got"),
+        ({"rule": "adagrad", "betas": (0.9,)}, "betas must hold 0 numbers, got"),
         ({"state_bits": 16}, "state_bits must be 32 or 8, got 16"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         RuleOptimizer([nn.Parameter(normal(4))], **{"rule": "lion", "lr": 1e-2, **options})
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rule", RULES)
+def test_without_betas_a_rule_has_its_own(rule: str, bits: int) -> None:
+    params = [nn.Parameter(normal(40, 130)) for _ in range(2)]
+    for param, given in zip(params, ({}, {"betas": SOURCES_BETAS[rule]})):
+        param.grad = normal(40, 130, seed=1)
+        RuleOptimizer([param], rule, lr=1e-2, state_bits=bits, **given).step()
+    assert not torch.equal(params[0], normal(40, 130))
+    assert torch.equal(*params)
 
 
 @pytest.mark.parametrize(
