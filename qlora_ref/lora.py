@@ -23,6 +23,7 @@ from qlora_ref.adapter_init import check_init, loftq, pissa
 from qlora_ref.linear import Linear4bit, dense_linear, dense_parameters, is_conv1d
 from qlora_ref.module4bit import layers_4bit
 from qlora_ref.quantized import QuantizationError, QuantizedTensor, quantize
+from qlora_ref.settings import check_adapter
 
 
 class LoRA(nn.Module):
@@ -49,12 +50,7 @@ class LoRA(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r must be a whole number of at least 1, got {r!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
+        check_adapter(r, alpha, dropout)
         self.base = base
         self.out_features, self.in_features = _dense_shape(base)
         self.r, self.alpha, self.rslora = r, alpha, rslora

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+
+from qlora_ref.checks import check_block_size
+from qlora_ref.codebooks import CODEBOOKS
+from qlora_ref.paging.tier import page_size
 
 # name -> bits of its state, and whether that is paged
 OPTIMIZERS = {
@@ -18,6 +23,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = ("constant", "cosine")
 INITS = ("zero", "loftq", "pissa")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -92,24 +98,49 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def check_adapter(r: int, alpha: float, dropout: float) -> None:
+    """Raises ValueError for what no adapter can have; see lora.LoRA."""
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be a whole number of at least 1, got {r!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+
+
 def _check_settings(settings: Settings) -> None:
-    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "init": INITS}
+    choices: dict[str, Collection[str]] = {"codebook": CODEBOOKS, "compute_dtype": COMPUTE_DTYPES}
+    choices |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "init": INITS}
     for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
             raise ValueError(
                 f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}"
             )
-    if settings.compute_dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(
-            f"compute_dtype must be auto, float32 or bfloat16, got {settings.compute_dtype!r}"
-        )
-    counts = ("steps", "batch_size", "accumulation", "evaluation_sequences")
-    for name in (*counts, "calibration_sequences", "init_iterations"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    counts = ["steps", "batch_size", "accumulation", "evaluation_sequences"]
+    counts += ["calibration_sequences", "init_iterations"]
+    # Two tokens: one, and the next to predict.
+    for name, least in {**dict.fromkeys(counts, 1), "length": 2, "weight_decay": 0}.items():
+        if not getattr(settings, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(settings, name)}")
+    if not 0 <= settings.warmup <= 1:
+        raise ValueError(f"warmup is a share of the steps, from 0 to 1, got {settings.warmup}")
+    if not 0 < settings.held_out < 1:
+        raise ValueError(
+            f"held_out is a share of the text, between 0 and 1, got {settings.held_out}"
+        )
+    if not 0 <= settings.beta2 < 1:
+        raise ValueError(f"beta2 must be at least 0 and below 1, got {settings.beta2}")
+    check_block_size(settings.block_size)
+    check_adapter(settings.r, settings.alpha, settings.dropout)
+    if settings.resident_bytes != 0:
+        page_size(settings.resident_bytes)  # raises ValueError where that is too little
+    _check_base(settings)
+
+
+def _check_base(settings: Settings) -> None:
     keeps_base = settings.init == "zero" or (settings.init, settings.init_iterations) == (
         "loftq",
         1,
@@ -119,5 +150,3 @@ def _check_settings(settings: Settings) -> None:
             f"init={settings.init!r} quantises the base anew, without the calibration text: "
             'use init="loftq" with init_iterations=1, which leaves it as it is'
         )
-    if not 0 <= settings.warmup <= 1:
-        raise ValueError(f"warmup is a share of the steps, from 0 to 1, got {settings.warmup}")

@@ -158,6 +158,22 @@ def test_a_process_of_its_own_does_the_same() -> None:
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["finetune", "study"])
+def test_pictures_without_matplotlib_are_refused_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "qlora_ref.finetune", None)  # what would do the work
+    monkeypatch.setitem(sys.modules, "qlora_ref.study.run", None)
+    options = {
+        "finetune": ["--model", TINY, "--data", TEXT, "--output", tmp_path / "run", "--plot"],
+        "study": ["--parts", 1, "--quick", "--plots", tmp_path / "run"],
+    }
+    done = qlora(command, *options[command])
+    assert done.returncode == 1 and "matplotlib" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_finetune_away_from_a_terminal_prints_plain_lines(tmp_path: Path) -> None:
     options = ["--steps", 2, "--length", 32, "--evaluation-sequences", 2]
     done = qlora("finetune", "--model", TINY, "--data", TEXT, "--output", tmp_path / "o", *options)

@@ -101,7 +101,7 @@ def test_the_rate_rises_over_the_warm_up_and_then_is_constant_or_half_a_cosine()
         ({"steps": 0}, "steps must be at least 1"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, .*, got 'sgd'"),
         ({"schedule": "step"}, "schedule must be one of"),
-        ({"compute_dtype": "int8"}, "compute_dtype must be auto"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be one of auto"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"warmup": 1.5}, "warmup is a share"),

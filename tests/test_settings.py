@@ -69,6 +69,40 @@ def test_rates_that_are_not_above_zero_are_refused(name: str, value: float) -> N
         settings(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook": "nf5"}, "codebook must be one of nf4, .*, got 'nf5'"),
+        ({"codebook": "none"}, "codebook must be one of nf4, .*, got 'none'"),
+        ({"block_size": 3}, "block_size must be even and at least 2, got 3"),
+        ({"block_size": 0}, "block_size must be even and at least 2, got 0"),
+        ({"r": 0}, "r must be a whole number of at least 1, got 0"),
+        ({"r": 2.5}, "r must be a whole number of at least 1, got 2.5"),
+        ({"alpha": math.nan}, "alpha must be finite, got nan"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": math.nan}, "dropout must be at least 0 and below 1, got nan"),
+        ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"beta2": math.nan}, "beta2 must be at least 0 and below 1, got nan"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0, got nan"),
+        ({"held_out": 0.0}, "held_out is a share of the text, between 0 and 1, got 0.0"),
+        ({"held_out": 1.0}, "held_out is a share of the text, between 0 and 1, got 1.0"),
+        ({"length": 1}, "length must be at least 2, got 1"),
+        ({"resident_bytes": -1}, "resident_bytes must be at least 1,048,576, got -1"),
+    ],
+)
+def test_what_the_run_would_refuse_after_loading_is_refused_at_once(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**options)
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    least: dict[str, Any] = {"block_size": 2, "r": 1, "dropout": 0.0, "length": 2, "beta2": 0.0}
+    settings(**least, weight_decay=0.0, alpha=-1.0, max_grad_norm=math.inf, resident_bytes=0)
+
+
 @pytest.mark.parametrize("warmup", [-0.1, 1.1, math.nan])
 def test_a_warm_up_that_is_no_share_is_refused(warmup: float) -> None:
     with pytest.raises(ValueError, match="warmup is a share"):

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 40  # of statements, without docstring and signature; 5 to 
 # What each module may import of this package. A name stands for itself and all that is above it.
 LAYERS = [
     {"optimal_float"},
-    {"version", "codebooks", "packing", "files", "settings", "matmul_plan", "torch_adamw"},
+    {"version", "codebooks", "packing", "files", "matmul_plan", "torch_adamw"},
     {"model_sizes"},
     {"reference", "checks", "native_operations", "optimizer_rules"},
     {"native"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"scales", "gptq"},
     {"quantized", "calibration"},
     {"tensor_format", "paging"},
-    {"module4bit", "data", "paged"},
+    {"module4bit", "data", "paged", "settings"},
     {"linear", "parameter4bit", "state_optimizer"},
     {"optim", "optimizers", "adapter_init"},
     {"lora", "evaluate"},

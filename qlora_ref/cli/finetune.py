@@ -102,6 +102,8 @@ def finetune(
     options = dict(locals())
     options["targets"] = _parse_targets(targets)
     settings = Settings(**{name: options[name] for name in asdict(_DEFAULT)})
+    if plot:
+        import matplotlib  # noqa: F401  # fails now if it is missing, not after the training
     from qlora_ref.finetune import finetune as run
 
     def tell(text: str) -> None:

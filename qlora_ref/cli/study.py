@@ -43,6 +43,8 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Work out or measure what QLoRA's claims come to; say which hold, and how strongly."""
+    if plots is not None:
+        import matplotlib  # noqa: F401  # fails now if it is missing, not after the study
     from qlora_ref.study.run import run
 
     try:
