@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from qlora_ref.files import written_aside
 from qlora_ref.linear import is_conv1d
-from qlora_ref.lora import LoRA, LoraReport, add_lora, lora_layers
+from qlora_ref.lora import (
+    LoRA,
+    LoraReport,
+    add_lora,
+    check_without_adapters,
+    dense_shape,
+    linear_layers,
+    lora_layers,
+)
 from qlora_ref.module4bit import Module4bit, layers_4bit
 
 CONFIG = "adapter_config.json"
@@ -81,29 +90,23 @@ def write_adapter(model: nn.Module, directory: Path, base_model: str = "") -> No
 def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
     """Put the adapters of a directory, PEFT's or ours, on a model that has none.
 
-    Raises ValueError for files that are missing or broken, for another model's adapter, and for
-    what PEFT has and this library has not (DoRA, ranks that differ by layer, ...).
+    Everything is checked before the model is changed. Raises ValueError for files that are missing
+    or broken, for another model's adapter, and for what PEFT has and this library has not (DoRA,
+    ranks that differ by layer, ...).
     """
     config, tensors = _read(Path(directory))
-    bound = _check_base(model, Path(directory), config)
+    check_without_adapters(model)
     names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
-    missing = [name for name in names if not _has_module(model, name)]
-    if missing or not names:
-        raise ValueError(f"{directory} is an adapter of another model: it has no {missing[:3]}")
-    r = config["r"]
-    odd = [key for key, value in tensors.items() if type(r) is not int or _rank(key, value) != r]
-    if odd:
-        raise ValueError(
-            f"{directory}: {odd[0]} must have shape (r, K) or (N, r) for {r=}, "
-            f"got {tuple(tensors[odd[0]].shape)}"
-        )
+    _check_shapes(_shapes_for(model, names, config["r"], str(directory)), tensors, str(directory))
+    bound = _check_base(model, Path(directory), config)
     try:
         report = add_lora(
             model,
-            r=r,
+            r=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
-            targets=names,
+            # A list would match the ends of other layers' names, too.
+            targets="|".join(map(re.escape, names)),
             rslora=config.get("use_rslora", False),
             dtype=next(iter(tensors.values())).dtype,
         )
@@ -145,17 +148,41 @@ def _check_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> bo
     return wanted is not None
 
 
+def _shapes_for(
+    model: nn.Module, names: list[str], r: int, source: str
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of matrices A (r, K) and B (N, r) for these layers of a model, by PEFT's keys."""
+    layers = linear_layers(model)
+    missing = [name for name in names if name not in layers]
+    if missing or not names:
+        raise ValueError(
+            f"{source} is an adapter of another model: this one has no linear layer {missing[:3]}"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        rows, columns = dense_shape(layers[name])
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (r, columns)
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (rows, r)
+    return shapes
+
+
+def _check_shapes(
+    expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str
+) -> None:
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())
+        raise ValueError(f"{source} is an adapter of another model: {odd[:3]} on one side only")
+    for key, value in tensors.items():
+        if expected[key] != tuple(value.shape):
+            raise ValueError(
+                f"{source}: {key} must have shape {expected[key]}, got {tuple(value.shape)}"
+            )
+
+
 def load_adapter_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy matrices under PEFT's keys into a model's adapters; all of them, or ValueError."""
     own = adapter_tensors(model)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"{source} is an adapter of another model: {odd[:3]} on one side only")
-    for key, value in tensors.items():
-        if own[key].shape != value.shape:
-            raise ValueError(
-                f"{source}: {key} must have shape {tuple(own[key].shape)}, got {tuple(value.shape)}"
-            )
+    _check_shapes({key: tuple(matrix.shape) for key, matrix in own.items()}, tensors, source)
     with torch.no_grad():
         for key, value in tensors.items():
             own[key].copy_(value)
@@ -212,16 +239,3 @@ def _peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": any(is_conv1d(adapter.base) for adapter in adapters.values()),
         "inference_mode": True,
     }
-
-
-def _rank(key: str, matrix: Tensor) -> int:
-    """The rank that a matrix A (r, K) or B (N, r) has; 0 for what is no matrix."""
-    return matrix.shape[int(".lora_B." in key)] if matrix.dim() == 2 else 0
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

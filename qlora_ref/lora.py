@@ -52,7 +52,7 @@ class LoRA(nn.Module):
         super().__init__()
         check_adapter(r, alpha, dropout)
         self.base = base
-        self.out_features, self.in_features = _dense_shape(base)
+        self.out_features, self.in_features = dense_shape(base)
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         device = next(base.parameters()).device
@@ -204,8 +204,7 @@ def add_lora(
     After it the adapters alone require gradients: biases, norms and embeddings do not.
     Raises ValueError if nothing matches, or if the model has adapters already.
     """
-    if any(isinstance(module, LoRA) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge or remove them first")
+    check_without_adapters(model)
     names = _target_names(model, targets)
     check_init(init, init_iterations, {n: model.get_submodule(n) for n in names}, originals)
     adapters = {
@@ -225,6 +224,12 @@ def add_lora(
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     """The adapters of a model, by the name of the layer that each sits on."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+def check_without_adapters(model: nn.Module) -> None:
+    """Raise ValueError if a model has adapters."""
+    if lora_layers(model):
+        raise ValueError("the model has adapters already: merge or remove them first")
 
 
 def merge_lora(
@@ -297,12 +302,18 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
             above.use_nested_tensor = False  # only the fast path can take them
 
 
-def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that can have an adapter, by name."""
     # No other subclasses: nn.MultiheadAttention reads out_proj.weight, past any adapter.
     kinds = (nn.Linear, Linear4bit)
-    linear = [name for name, m in model.named_modules() if type(m) in kinds or is_conv1d(m)]
+    return {name: m for name, m in model.named_modules() if type(m) in kinds or is_conv1d(m)}
+
+
+def _target_names(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    layers = linear_layers(model)
+    linear = list(layers)
     if targets == "all-linear":
-        quantised = [name for name in linear if isinstance(model.get_submodule(name), Linear4bit)]
+        quantised = [name for name in linear if isinstance(layers[name], Linear4bit)]
         names = quantised or [name for name in linear if not is_output_head(model, name)]
     elif isinstance(targets, str):
         names = [name for name in linear if re.fullmatch(targets, name)]
@@ -323,7 +334,8 @@ def is_output_head(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name) is head or name.rpartition(".")[2] == "lm_head"
 
 
-def _dense_shape(base: nn.Module) -> tuple[int, int]:
+def dense_shape(base: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear layer, in 4 bits or not. Raises TypeError for another kind of layer."""
     if isinstance(base, Linear4bit):
         return base.out_features, base.in_features
     rows, columns = dense_parameters(base)[0].shape
