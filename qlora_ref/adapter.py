@@ -1,7 +1,8 @@
 """Adapters in PEFT's file format, so that either library reads the other's.
 
 A directory with adapter_config.json and adapter_model.safetensors, whose keys are
-`base_model.model.<layer>.lora_A.weight` and `... .lora_B.weight`.
+`base_model.model.<layer>.lora_A.weight` and `... .lora_B.weight`. Beside them, if the base is in
+4 bits, adapter_base.json: which base that is. PEFT does not look at it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from qlora_ref.lora import (
     linear_layers,
     lora_layers,
 )
-from qlora_ref.module4bit import Module4bit, layers_4bit
+from qlora_ref.module4bit import layers_4bit
+from qlora_ref.quantized import QuantizedTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Not in the metadata of WEIGHTS: safetensors writes several entries in any order, and the same
+# adapter is to be the same bytes.
+BASE = "adapter_base.json"
 _PREFIX = "base_model.model."
-# In the metadata of the weights' file, of an adapter that fits one base alone: which one.
-_BASE = "qlora_ref_base_sha256"
 # What PEFT can say that a LoRA here cannot do: loading such an adapter would compute other numbers.
 _UNSUPPORTED = (
     "use_dora",
@@ -75,30 +78,33 @@ def save_adapter(model: nn.Module, directory: Path | str, base_model: str = "") 
 
 
 def write_adapter(model: nn.Module, directory: Path, base_model: str = "") -> None:
-    """Write the two files of an adapter into an existing directory."""
+    """Write the files of an adapter into an existing directory."""
     from safetensors.torch import save_file
 
     config = _peft_config(model, base_model)
     tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(model).items()}
-    metadata = {"format": "pt"}
-    if any(adapter.belongs_to_base for adapter in lora_layers(model).values()):
-        metadata[_BASE] = fingerprint_weights(model)
-    save_file(tensors, directory / WEIGHTS, metadata=metadata)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    base = describe_base(model)
+    if base:
+        (directory / BASE).write_text(json.dumps(base, indent=2) + "\n")
 
 
-def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
+def load_adapter(model: nn.Module, directory: Path | str, other_base: bool = False) -> LoraReport:
     """Put the adapters of a directory, PEFT's or ours, on a model that has none.
 
+    other_base  also on 4-bit weights that the adapter was not trained on, or on dense ones
+
     Everything is checked before the model is changed. Raises ValueError for files that are missing
-    or broken, for another model's adapter, and for what PEFT has and this library has not (DoRA,
-    ranks that differ by layer, ...).
+    or broken, for another model's adapter, for another base than the adapter records, and for what
+    PEFT has and this library has not (DoRA, ranks that differ by layer, ...).
     """
     config, tensors = _read(Path(directory))
     check_without_adapters(model)
     names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
     _check_shapes(_shapes_for(model, names, config["r"], str(directory)), tensors, str(directory))
-    bound = _check_base(model, Path(directory), config)
+    if not other_base:
+        _check_base(model, Path(directory), config)
     try:
         report = add_lora(
             model,
@@ -113,39 +119,73 @@ def load_adapter(model: nn.Module, directory: Path | str) -> LoraReport:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"cannot use the adapter in {directory}: {error}") from error
     load_adapter_tensors(model, tensors, str(directory))
-    for adapter in lora_layers(model).values():
-        adapter.belongs_to_base = bound
     return report
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """SHA-256 over a model's 4-bit weights, with adapters on them or without."""
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Which 4-bit weights a model has, with adapters on them or without.
+
+    returns  {"codebook": name, "block_size": int, "double_quant": bool, "dtype": the dense one,
+             "sha256": of all codes, scales and codebooks}; of the first four those that all
+             weights share; {} if there are none
+    """
+    adapters = {f"{name}.base": name for name in lora_layers(model)}
+    layers = layers_4bit(model)
+    weights = {adapters.get(name, name): layers[name].quantized_weight for name in layers}
+    if not weights:
+        return {}
+    each: dict[str, set[Any]] = {
+        "codebook": {weight.codebook_name for weight in weights.values()},
+        "block_size": {weight.block_size for weight in weights.values()},
+        "double_quant": {weight.double_quant for weight in weights.values()},
+        "dtype": {str(weight.dtype).removeprefix("torch.") for weight in weights.values()},
+    }
+    shared = {name: found.pop() for name, found in each.items() if len(found) == 1}
+    return {**shared, "sha256": _fingerprint(weights)}
+
+
+def _fingerprint(weights: dict[str, QuantizedTensor]) -> str:
     digest = hashlib.sha256()
-    for name, layer in sorted(_bases(model).items()):
-        weight = layer.quantized_weight
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode())
-        for part in (weight.packed, weight.absmax, weight.codebook):
-            digest.update(part.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        for part in vars(weight).values():
+            if isinstance(part, Tensor):
+                data: Any = part.flatten().view(torch.uint8).cpu().numpy()
+                digest.update(data)
     return digest.hexdigest()
 
 
-def _bases(model: nn.Module) -> dict[str, Module4bit]:
-    adapters = {f"{name}.base": name for name in lora_layers(model)}
-    return {adapters.get(name, name): layer for name, layer in layers_4bit(model).items()}
+def recorded_base(directory: Path | str) -> dict[str, Any]:
+    """What an adapter was trained on, as `describe_base` says it; PEFT's do not say.
+
+    Raises ValueError, naming the file, if it is broken.
+    """
+    file = Path(directory) / BASE
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot read what the adapter was trained on, {file}: {error}") from error
 
 
-def _check_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> bool:
-    """Whether the adapter fits one base alone; ValueError if this is another."""
-    from safetensors import safe_open
-
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        wanted = (file.metadata() or {}).get(_BASE)
-    if wanted is not None and wanted != fingerprint_weights(model):
+def _check_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:
+    recorded = recorded_base(directory)
+    if not recorded:
+        return
+    found = describe_base(model)
+    if found.get("sha256") != recorded.get("sha256"):
+        name = config.get("base_model_name_or_path") or "a model that it does not name"
         raise ValueError(
-            f"{directory} was trained on another base, quantised for it alone: load that one, "
-            f"{config.get('base_model_name_or_path') or 'which the adapter does not name'}"
+            f"{directory} was trained on another base: expected {_words(recorded)}; "
+            f"got {_words(found)}. Use that one, made from {name}, or put the adapter on this one "
+            "all the same with other_base=True (--other-base)"
         )
-    return wanted is not None
+
+
+def _words(base: dict[str, Any]) -> str:
+    # Twelve digits tell one SHA-256 from another.
+    return ", ".join(f"{key} {value!s:.12}" for key, value in base.items()) or "no 4-bit weights"
 
 
 def _shapes_for(

@@ -1,6 +1,6 @@
 """Where a training run stands: written so that a killed run goes on as if it had not been.
 
-    <output>/checkpoint-000020/adapter_config.json, adapter_model.safetensors    the adapter
+    <output>/checkpoint-000020/adapter_*      the adapter (adapter.py)
     <output>/checkpoint-000020/training.pt    optimizer state and the state of the random generators
     <output>/checkpoint-000020/run.json       the step, the settings, fingerprints of base and text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from training import randomise_adapters
 
 import qlora_ref
 from qlora_ref import Linear4bit
-from qlora_ref.adapter import load_adapter, save_adapter
+from qlora_ref.adapter import describe_base, load_adapter, recorded_base, save_adapter
 
 
 def two_layers(size: int = 32) -> nn.Module:
@@ -75,3 +76,88 @@ def test_a_layer_whose_name_ends_as_another_does_is_left_alone(tmp_path: Path) -
 
     folder = saved(nested(), tmp_path / "adapter", targets="proj")
     assert load_adapter(nested(), folder).layers == ["proj"]
+
+
+# ---------------------------------------------------------------- which base
+
+
+def dense(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same weights at every call."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+
+
+def quantised(*options: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = dense(dtype)
+    qlora_ref.convert_model(model, *options)
+    return model
+
+
+def test_an_adapter_records_how_its_base_was_quantised(tmp_path: Path) -> None:
+    model = quantised("fp4", 128, False, dtype=torch.bfloat16)
+    folder = saved(model, tmp_path / "adapter", targets=["0"])
+    recorded = json.loads((folder / "adapter_base.json").read_text())
+    sha256 = recorded.pop("sha256")
+    assert len(sha256) == 64
+    assert recorded == {
+        "codebook": "fp4",
+        "block_size": 128,
+        "double_quant": False,
+        "dtype": "bfloat16",
+    }
+
+
+def test_what_layers_do_not_share_is_not_recorded() -> None:
+    base = describe_base(nn.Sequential(Linear4bit(32, 32), Linear4bit(32, 32, codebook="fp4")))
+    assert base.keys() == {"block_size", "double_quant", "dtype", "sha256"}
+    assert describe_base(dense()) == {}
+
+
+@pytest.mark.parametrize("other", [("fp4", 64), ("nf4", 128), ("nf4", 64, False), "dense", "tuned"])
+def test_another_base_is_refused_unless_it_is_asked_for(tmp_path: Path, other: Any) -> None:
+    def another() -> nn.Module:
+        if other == "dense":
+            return dense()
+        if other != "tuned":
+            return quantised(*other)
+        model = dense()
+        with torch.no_grad():
+            model[1].weight[3, 5] *= -1  # the weights of another checkpoint, quantised alike
+        qlora_ref.convert_model(model)
+        return model
+
+    folder = saved(trained := quantised(), tmp_path / "adapter", targets=["0"])
+    load_adapter(again := quantised(), folder)
+    assert torch.equal(outputs(again, 64), outputs(trained, 64))
+    model = another()
+    before = outputs(model, 64)
+    message = "another base: expected codebook nf4, block_size 64, .* or put .* other_base=True"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
+    assert torch.equal(outputs(model, 64), before)
+    assert load_adapter(model, folder, other_base=True).layers == ["0"]
+
+
+def test_the_dtype_that_a_base_is_used_in_is_no_other_base(tmp_path: Path) -> None:
+    folder = saved(quantised(dtype=torch.bfloat16), tmp_path / "adapter")
+    model = dense(torch.bfloat16).float()  # the same values
+    qlora_ref.convert_model(model)
+    assert load_adapter(model, folder).layers == ["0", "1"]
+
+
+def test_an_adapter_without_a_record_goes_on_any_base(tmp_path: Path) -> None:
+    folder = saved(quantised(), tmp_path / "adapter")
+    (folder / "adapter_base.json").unlink()
+    assert recorded_base(folder) == {}
+    for model in (quantised("fp4"), dense()):
+        assert load_adapter(model, folder).layers == ["0", "1"]
+    again = saved(dense(), tmp_path / "dense")
+    assert not (again / "adapter_base.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", "null", "[1]"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    folder = saved(quantised(), tmp_path / "adapter")
+    (folder / "adapter_base.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot read .*adapter_base\.json"):
+        load_adapter(quantised(), folder)
