@@ -62,4 +62,5 @@ def _as_transformers_keeps_it(model: Any) -> Any:
             merged = model.get_submodule(name)
             if isinstance(merged, nn.Linear):
                 merged.weight.data = merged.weight.data.t().contiguous()
-    return model
+    # What was never in 4 bits may be in bfloat16, which does not multiply with float32.
+    return model.float()

@@ -77,10 +77,11 @@ class Settings:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype of a name; "auto" is bfloat16 where the device multiplies it natively."""
-    if name == "float32":
-        return torch.float32
-    if name == "bfloat16":
-        return torch.bfloat16
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in named:
+        return named[name]
+    if name != "auto":
+        raise ValueError(f"a compute dtype must be auto, {', '.join(named)}, got {name!r}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -49,6 +49,9 @@ def test_a_dtype_is_chosen_by_name_or_by_what_the_device_multiplies(
     cpu = torch.device("cpu")
     assert choose_dtype("float32", cpu) == torch.float32
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    assert choose_dtype("float16", cpu) == torch.float16
+    with pytest.raises(ValueError, match="must be auto, float32, bfloat16, float16, got 'int8'"):
+        choose_dtype("int8", cpu)
     for native in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -9,12 +9,15 @@ import typer
 
 from qlora_ref.cli.options import (
     AsJson,
-    BlockSize,
+    BaseBlockSize,
+    BaseCodebook,
+    BaseDoubleQuant,
+    BaseDtype,
     Data,
-    DoubleQuant,
     Model,
+    OtherBase,
     console,
-    load,
+    load_with_adapter,
     print_json,
 )
 
@@ -23,10 +26,11 @@ def evaluate(
     model: Model,
     data: Data,
     adapter: Annotated[Optional[Path], typer.Option(help="directory of an adapter")] = None,  # noqa: UP045
-    codebook: Annotated[str, typer.Option(help="quantise to this first; none: as it is")] = "none",
-    block_size: BlockSize = 64,
-    double_quant: DoubleQuant = True,
-    compute_dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    codebook: BaseCodebook = None,
+    block_size: BaseBlockSize = None,
+    double_quant: BaseDoubleQuant = None,
+    compute_dtype: BaseDtype = None,
+    other_base: OtherBase = False,
     length: Annotated[int, typer.Option(help="tokens a sequence, at most")] = 512,
     sequences: Annotated[int, typer.Option(help="sequences, at most")] = 64,
     as_json: AsJson = False,
@@ -39,11 +43,13 @@ def evaluate(
     examples = read_examples(data)
     tokenizer = load_tokenizer(model)
     text = tokenize(examples, tokenizer, length)[:sequences]
-    loaded = load(model, codebook, block_size, double_quant, compute_dtype)
-    if adapter is not None:
-        from qlora_ref.adapter import load_adapter
-
-        load_adapter(loaded, adapter)
+    given = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "dtype": compute_dtype,
+    }
+    loaded = load_with_adapter(model, adapter, given, "none", other_base)
     found = run(loaded, text, tokenizer.pad_token_id or 0)
     report = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if as_json:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from qlora_ref.cli.options import AsJson, BlockSize, DoubleQuant, Model, console, load, print_json
+from qlora_ref.cli.options import (
+    AsJson,
+    BaseBlockSize,
+    BaseCodebook,
+    BaseDoubleQuant,
+    BaseDtype,
+    Model,
+    OtherBase,
+    console,
+    load_with_adapter,
+    print_json,
+)
 
 
 def merge(
@@ -16,19 +27,25 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="directory of an adapter")],
     output: Annotated[Path, typer.Option(help="directory to write; must not exist")],
     to: Annotated[str, typer.Option(help="float: exact; 4bit: quantised anew")] = "float",
-    codebook: Annotated[str, typer.Option(help="of the base it was trained on")] = "nf4",
-    block_size: BlockSize = 64,
-    double_quant: DoubleQuant = True,
+    codebook: BaseCodebook = None,
+    block_size: BaseBlockSize = None,
+    double_quant: BaseDoubleQuant = None,
+    compute_dtype: BaseDtype = None,
+    other_base: OtherBase = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its 4-bit base and write the model, dense or in 4 bits."""
-    from qlora_ref.adapter import load_adapter
     from qlora_ref.merging import merge_to_directory
 
     if output.exists():
         raise ValueError(f"{output} exists already: choose another directory")
-    loaded = load(model, codebook, block_size, double_quant, "float32")
-    load_adapter(loaded, adapter)
+    given = {
+        "codebook": codebook,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "dtype": compute_dtype,
+    }
+    loaded = load_with_adapter(model, adapter, given, "nf4", other_base)
     report = merge_to_directory(loaded, model, output, to)
     if as_json:
         return print_json(report)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from qlora_ref.codebooks import CODEBOOKS
 
@@ -26,20 +28,59 @@ Calibration = Annotated[str, typer.Option(help="text for error feedback (GPTQ); 
 CalibrationSequences = Annotated[int, typer.Option(help="pieces of that text, at most")]
 
 
-def load(
-    source: str, codebook: str, block_size: int, double_quant: bool, compute_dtype: str
+# Of commands that take an adapter; None: not said.
+BaseCodebook = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="of the base (none: as it is); else as the adapter records"),
+]
+BaseBlockSize = Annotated[
+    Optional[int], typer.Option(help="values per scale; else as recorded")  # noqa: UP045
+]
+BaseDoubleQuant = Annotated[
+    Optional[bool], typer.Option(help="scales in 8 bits; else as recorded")  # noqa: UP045
+]
+BaseDtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="float32, bfloat16 or float16, of the weights before; else as recorded"),
+]
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="put the adapter on a base that it was not trained on")
+]
+
+
+def load_with_adapter(
+    source: str, adapter: Path | None, given: dict[str, Any], codebook: str, other_base: bool
 ) -> Any:
-    """The model in 4 bits, unless codebook is none or it is in 4 bits already."""
+    """The model and, on it, the adapter: the base as options say, else as the adapter records.
+
+    given     codebook, block_size, double_quant, dtype: options, None where not said
+    codebook  where neither says one
+    """
     import torch
 
+    from qlora_ref.adapter import load_adapter, recorded_base
+    from qlora_ref.checkpoint import is_quantized_checkpoint
     from qlora_ref.convert import convert_model
     from qlora_ref.models import load_model
     from qlora_ref.module4bit import layers_4bit
     from qlora_ref.settings import choose_dtype
 
-    model = load_model(source, choose_dtype(compute_dtype, torch.device("cpu")))
-    if codebook != "none" and not layers_4bit(model):
-        convert_model(model, codebook, block_size, double_quant)
+    said = {name: value for name, value in given.items() if value is not None}
+    recorded = {}
+    if adapter is not None and not is_quantized_checkpoint(source):  # else it is what it is
+        known = recorded_base(adapter)
+        recorded = {name: known[name] for name in given if name in known and name not in said}
+    if recorded:
+        words = ", ".join(f"{name} {value}" for name, value in recorded.items())
+        text = f"the base as {adapter} records it: {words}"
+        messages.print(escape(text), highlight=False, soft_wrap=True)
+    default = {"codebook": codebook, "block_size": 64, "double_quant": True, "dtype": "float32"}
+    options: dict[str, Any] = {**default, **recorded, **said}
+    model = load_model(source, choose_dtype(options.pop("dtype"), torch.device("cpu")))
+    if options["codebook"] != "none" and not layers_4bit(model):
+        convert_model(model, **options)
+    if adapter is not None:
+        load_adapter(model, adapter, other_base)
     return model
 
 
