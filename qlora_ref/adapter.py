@@ -74,18 +74,20 @@ def save_adapter(model: nn.Module, directory: Path | str, base_model: str = "") 
     """
     with written_aside(directory) as aside:
         aside.mkdir()
-        write_adapter(model, aside, base_model)
+        write_adapter(model, aside, base_model, describe_base(model))
 
 
-def write_adapter(model: nn.Module, directory: Path, base_model: str = "") -> None:
-    """Write the files of an adapter into an existing directory."""
+def write_adapter(model: nn.Module, directory: Path, base_model: str, base: dict[str, Any]) -> None:
+    """Write the files of an adapter into an existing directory.
+
+    base  what describe_base says of the model: seconds of work where it is large
+    """
     from safetensors.torch import save_file
 
     config = _peft_config(model, base_model)
     tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(model).items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    base = describe_base(model)
     if base:
         (directory / BASE).write_text(json.dumps(base, indent=2) + "\n")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_ref.adapter import save_adapter
+from qlora_ref.adapter import describe_base, save_adapter
 from qlora_ref.adapter_init import dense_weights
 from qlora_ref.checkpoint import save_base
 from qlora_ref.convert import convert_model
@@ -101,6 +101,7 @@ class _Run:
     optimizer: AdamW
     device: torch.device
     identity: dict[str, Any]
+    base: dict[str, Any]  # of the adapter's record: it stays as it is in all steps
 
 
 def finetune(
@@ -202,7 +203,8 @@ def _prepare(settings: Settings, tell: Callable[[str], None]) -> _Run:
         "text_sha256": fingerprint(examples),
     }
     model.train()
-    return _Run(settings, model, tokenizer, train, held_out, lora, optimizer, device, identity)
+    parts = (settings, model, tokenizer, train, held_out, lora, optimizer, device, identity)
+    return _Run(*parts, describe_base(model))
 
 
 def _quantise_and_adapt(
@@ -300,7 +302,7 @@ def _train(
         with open(log_path, "a") as file:
             file.write(json.dumps(logs[-1]) + "\n")
         if step + 1 == steps or (save_every and (step + 1) % save_every == 0):
-            save_state(output, step + 1, run.model, run.optimizer, run.identity)
+            save_state(output, step + 1, run.model, run.optimizer, run.identity, run.base)
         on_step(log)
     return logs
 
