@@ -1,8 +1,8 @@
 """Checkpoints of 4-bit models in bitsandbytes' format, one shard at a time.
 
-A directory holds config.json and model.safetensors, or several shards and their index, as
-transformers writes them. Every 4-bit weight is stored as tensor_format.py says. Adapters have a
-file of their own: adapter.py.
+A directory holds config.json, generation_config.json and model.safetensors, or several shards and
+their index, as transformers writes them. Every 4-bit weight is stored as tensor_format.py says.
+Adapters have a file of their own: adapter.py.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from qlora_ref.quantized import QuantizedTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a model with 4-bit layers to a directory, aside, then renamed.
 
-    bitsandbytes and transformers read it where the codebooks are nf4 and fp4. config.json is
-    written when the model has a `config`; a tokenizer saves itself.
+    bitsandbytes and transformers read it where the codebooks are nf4 and fp4. config.json and
+    generation_config.json are written of a model that has them; a tokenizer saves itself.
     Raises ValueError for a model that has adapters (merge them, or save_adapter them) or no 4-bit
     layer, and OSError when the disk is full, with nothing overwritten.
     """
@@ -51,6 +52,10 @@ def save_model(model: nn.Module, directory: Path | str, max_shard_bytes: int = 5
         if config is not None:
             text = {**config.to_dict(), "quantization_config": quantization_config(model)}
             (aside / "config.json").write_text(json.dumps(text, indent=2, default=str) + "\n")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # the tokens that end a chat's turn are often here alone
+            # Not save_pretrained, which refuses some settings that models on the hub have.
+            generation.to_json_file(aside / GENERATION)
 
 
 def save_base(model: nn.Module, directory: Path | str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_ref.checkpoint import is_quantized_checkpoint, load_model_state
+from qlora_ref.checkpoint import GENERATION, is_quantized_checkpoint, load_model_state
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -106,8 +106,9 @@ def _load_quantized(transformers: Any, directory: Path, dtype: torch.dtype) -> n
     if hasattr(config, "quantization_config"):  # else transformers would look for bitsandbytes
         del config.quantization_config
     with no_init_weights():
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tied: Any = model
-    tied.tie_weights()  # a file holds tied tensors once
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # a file holds tied tensors once
     load_model_state(model, directory)
+    if (directory / GENERATION).is_file():
+        model.generation_config = model.generation_config.from_pretrained(directory)
     return model.eval()

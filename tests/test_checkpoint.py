@@ -20,6 +20,7 @@ from qlora_ref.module4bit import Module4bit
 MODEL = Path(__file__).parent / "data" / "tiny_llama"
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from_pretrained = pytest.importorskip("qlora_ref.integrations.transformers").from_pretrained
 
 
 def quantised(codebook: str = "nf4", double_quant: bool = True) -> Any:
@@ -94,6 +95,26 @@ def test_what_transformers_and_bitsandbytes_save_is_loaded(
     assert len(weights(ours)) == 28
     with force_backend("reference"):
         assert torch.equal(logits(ours), logits(theirs))
+
+
+# As files on the hub have it: sampling is off, yet a temperature is set, which transformers would
+# not write.
+GENERATION = {"eos_token_id": [1, 7], "repetition_penalty": 1.3, "temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("load", [load_model, from_pretrained])
+def test_how_a_model_generates_is_kept(tmp_path: Path, load: Any) -> None:
+    model = quantised()
+    model.generation_config.update(**GENERATION)
+    save_model(model, tmp_path / "model")
+    found = load(tmp_path / "model").generation_config.to_dict()
+    assert {key: found[key] for key in GENERATION} == GENERATION
+
+
+def test_a_checkpoint_that_does_not_say_how_to_generate_is_loaded(tmp_path: Path) -> None:
+    save_model(quantised(), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert load_model(tmp_path / "model").generation_config.eos_token_id == 1  # of config.json
 
 
 def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
