@@ -8,7 +8,7 @@ Adapters have a file of their own: adapter.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,6 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
 
     Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
     """
-    own = _distinct(model.state_dict())
-    names = tensor_format.stored_names(own)  # a layer in 4 bits already is missing as a whole
-    missing = set(own) - {k for n in names for k in _keys_of(n, list(own)) if k != n}
     seen: dict[str, Path] = {}
     for file in checkpoint_files(directory):
         for name, tensor in _tensors_in(file):
@@ -94,7 +91,10 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
                     raise ValueError(f"{file}: {error}") from error
             else:
                 _copy(model, name, tensor, file)
-            missing.discard(name)
+    # Asked of the model as it is now: of layers that were one before, only the first is replaced.
+    filled = _distinct(model.state_dict())
+    owners = _owners(filled)  # a layer in 4 bits is missing as a whole
+    missing = {owners.get(key, key) for key in filled} - seen.keys()
     if missing:
         raise ValueError(f"{directory} lacks {sorted(missing)[:5]}: a checkpoint of another model")
 
@@ -212,23 +212,29 @@ def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
         target.copy_(value)
 
 
+def _owners(keys: Iterable[str]) -> dict[str, str]:
+    """For every key of a weight in 4 bits, codes and scales, the name of that weight."""
+    keys = list(keys)
+    return {key: name for name in tensor_format.stored_names(keys) for key in _keys_of(name, keys)}
+
+
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with tied tensors under their first name only, as files hold them."""
+    """A state dict with what has several names under its first only, as files hold it."""
+    owners = _owners(state)
     seen: set[tuple[int, torch.Size]] = set()
-    distinct = {}
+    again = set()
     for key, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and identity in seen:
-            continue
+        if identity in seen and tensor.numel():
+            again.add(key)
         seen.add(identity)
-        distinct[key] = tensor
-    return distinct
+    # Scales go with their codes, by whose address alone it is told: their JSON is made anew.
+    return {key: tensor for key, tensor in state.items() if owners.get(key, key) not in again}
 
 
 def _shards(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
     """Cut a state dict into shards of at most max_shard_bytes; no 4-bit weight is torn apart."""
-    names = tensor_format.stored_names(state)
-    owner = {key: name for name in names for key in _keys_of(name, list(state))}
+    owner = _owners(state)
     shards: list[dict[str, Tensor]] = [{}]
     size, last_owner = 0, ""
     for key, tensor in sorted(state.items(), key=lambda item: owner.get(item[0], item[0])):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import qlora_ref
 from qlora_ref.checkpoint import load_model_state, save_model, stored_tensors
@@ -133,6 +134,22 @@ def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_layer_with_two_names_is_stored_once_and_loaded_under_both(tmp_path: Path) -> None:
+    def used_twice() -> nn.ModuleDict:
+        layer = qlora_ref.Linear4bit(64, 32)
+        return nn.ModuleDict({"a": layer, "b": layer})
+
+    model, other = used_twice(), used_twice()
+    save_model(model, tmp_path / "model")
+    assert set(dict(stored_tensors(tmp_path / "model"))) == {"a.weight", "a.bias"}
+    load_model_state(other, tmp_path / "model")
+    assert other["a"] is other["b"]
+    assert weights(other) == weights(model) and torch.equal(other["b"].bias, model["a"].bias)
+    dense = nn.Linear(64, 32)
+    with pytest.raises(ValueError, match="lacks .*b.weight"):
+        load_model_state(nn.ModuleDict({"a": dense, "b": dense}), tmp_path / "model")
 
 
 @pytest.mark.parametrize("stored_double", [False, True])
