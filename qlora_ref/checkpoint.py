@@ -76,6 +76,9 @@ def save_base(model: nn.Module, directory: Path | str) -> None:
 def load_model_state(model: nn.Module, directory: Path | str) -> None:
     """Fill a model from a 4-bit checkpoint: layers stored in 4 bits are replaced, one at a time.
 
+    A model on meta takes over the files' tensors, and is never dense. Buffers that are not in its
+    state dict stay on meta: `accelerate.init_empty_weights` makes them with their values.
+
     Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
     """
     seen: dict[str, Path] = {}
@@ -208,6 +211,12 @@ def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
         raise ValueError(
             f"{file}: {key} must have shape {tuple(target.shape)}, got {tuple(value.shape)}"
         )
+    if target.is_meta:  # which copy_ would leave as it is
+        filled: Any = value.to(target.dtype)
+        if isinstance(target, nn.Parameter):
+            filled = type(target)(filled, requires_grad=target.requires_grad)
+        torch.utils.swap_tensors(target, filled)  # in all modules that it is tied to
+        return
     with torch.no_grad():
         target.copy_(value)
 
@@ -225,7 +234,7 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     again = set()
     for key, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape)
-        if identity in seen and tensor.numel():
+        if identity in seen and tensor.numel() and not tensor.is_meta:  # all there have address 0
             again.add(key)
         seen.add(identity)
     # Scales go with their codes, by whose address alone it is told: their JSON is made anew.

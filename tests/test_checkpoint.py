@@ -152,6 +152,48 @@ def test_a_layer_with_two_names_is_stored_once_and_loaded_under_both(tmp_path: P
         load_model_state(nn.ModuleDict({"a": dense, "b": dense}), tmp_path / "model")
 
 
+class OwnParameter(nn.Parameter):
+    """Of a class of its own, as some libraries tell their parameters."""
+
+
+def small_model() -> Any:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 8), nn.Linear(64, 8))
+    model[1].bias = OwnParameter(model[1].bias.detach(), requires_grad=False)
+    model[3].weight = model[2].weight  # tied, hence kept dense
+    return model
+
+
+def test_a_model_on_meta_takes_over_what_the_files_hold(tmp_path: Path) -> None:
+    model = small_model()
+    model[1](torch.randn(5, 64))  # moves the running mean away from 0
+    qlora_ref.convert_model(model)
+    save_model(model.double(), tmp_path / "model")
+    with torch.device("meta"):
+        loaded = small_model()
+    load_model_state(loaded, tmp_path / "model")
+    assert weights(loaded) == weights(model)
+    assert loaded[3].weight is loaded[2].weight
+    assert type(loaded[1].bias) is OwnParameter and not loaded[1].bias.requires_grad
+    assert loaded[0].bias.requires_grad and loaded[2].weight.requires_grad
+    stored = model.float().state_dict()  # in the dtypes of the model, not of the file
+    for key, tensor in loaded.state_dict().items():
+        assert tensor.dtype == stored[key].dtype and torch.equal(tensor, stored[key]), key
+
+
+def test_a_model_on_meta_is_not_left_half_filled_in_silence(tmp_path: Path) -> None:
+    model = small_model()
+    qlora_ref.convert_model(model)
+    save_model(model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["1.bias"], tensors["1.running_mean"]
+    save_file(tensors, file)
+    with torch.device("meta"):
+        loaded = small_model()
+    with pytest.raises(ValueError, match=r"lacks \['1.bias', '1.running_mean'\]"):
+        load_model_state(loaded, tmp_path / "model")
+
+
 @pytest.mark.parametrize("stored_double", [False, True])
 def test_a_model_in_4_bits_already_takes_over_a_checkpoint(
     tmp_path: Path, stored_double: bool
