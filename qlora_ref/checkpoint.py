@@ -22,6 +22,7 @@ from qlora_ref.lora import lora_layers, replace_module
 from qlora_ref.module4bit import layers_4bit
 from qlora_ref.parameter4bit import Parameter4bit
 from qlora_ref.places import install
+from qlora_ref.pretrained import let_transformers_save
 from qlora_ref.quantized import QuantizedTensor
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +82,7 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
 
     Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
     """
+    let_transformers_save(model)
     seen: dict[str, Path] = {}
     for file in checkpoint_files(directory):
         for name, tensor in _tensors_in(file):

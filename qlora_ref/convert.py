@@ -22,6 +22,7 @@ from qlora_ref.lora import is_output_head, replace_module
 from qlora_ref.module4bit import Module4bit
 from qlora_ref.parameter4bit import is_expert_tensor
 from qlora_ref.places import described, find, install, own_bytes
+from qlora_ref.pretrained import let_transformers_save
 from qlora_ref.quantized import quantize
 
 LINEAR, EXPERTS = "linear layer", "experts in one tensor"  # why something was converted
@@ -93,6 +94,7 @@ def convert_model(
              outputs on this text (gptq.py), not those that are nearest; experts keep the nearest.
     returns  ConversionReport; print it, or read `.kept` for what was not converted
 
+    A model of transformers can be saved with `save_pretrained`, as with `checkpoint.save_model`.
     Everything is checked before the first layer is touched. Raises ValueError if there is nothing
     to convert, if an entry of `skip` matches nothing, or if a weight is not finite (by name).
     """
@@ -107,6 +109,7 @@ def convert_model(
     for name in names:
         _check_finite(name, _weight_of(model, name))
     before = {name: described(model, name) for name in reasons}
+    let_transformers_save(model, compute_dtype)
     options = {
         "codebook": codebook,
         "block_size": block_size,

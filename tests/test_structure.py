@@ -34,7 +34,7 @@ LAYERS = [
     {"linear", "parameter4bit", "state_optimizer"},
     {"optim", "optimizers", "adapter_init"},
     {"lora", "evaluate"},
-    {"places"},
+    {"places", "pretrained"},
     {"convert", "memory", "adapter", "checkpoint"},
     {"models", "training_state", "plots"},
     {"finetune", "inspection", "merging", "doctor", "study"},
@@ -44,7 +44,7 @@ LAYERS = [
     {"as_bitsandbytes"},
 ]
 # Imported inside a function, where the layers would otherwise form a ring.
-LATE = {("quantized", "tensor_format")}
+LATE = {("quantized", "tensor_format"), ("pretrained", "integrations")}
 OUTSIDE = {
     "optimal_float": {"torch"},
     "codebooks": {"torch"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from bitsandbytes_program import ask
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_ref import convert_model, quantize
+from qlora_ref import add_lora, convert_model, merge_lora, quantize
 from qlora_ref.integrations import transformers as ours
 from qlora_ref.integrations.transformers import QLoRAConfig
+from qlora_ref.models import load_model
 from qlora_ref.module4bit import layers_4bit
 
 TOKENS = torch.arange(16)[None]
@@ -223,6 +225,37 @@ def test_a_saved_model_is_loaded_as_it_was(dense: Path, tmp_path: Path, codebook
     again.save_pretrained(tmp_path / "second")
     assert_same_files(tmp_path / "first", tmp_path / "second")
     assert torch.equal(logits(again), logits(model))
+
+
+LEVELS = torch.cat([torch.linspace(-1, 0, 9), torch.linspace(0.1, 0.9, 7)])
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "int4", LEVELS], ids=["nf4", "int4", "levels"])
+def test_a_converted_model_is_saved_as_one_that_was_loaded_in_4_bits(
+    dense: Path, tmp_path: Path, codebook: Any
+) -> None:
+    model = load(dense)
+    convert_model(model, codebook, compute_dtype=torch.float32)
+    model = pickle.loads(pickle.dumps(model))  # what lets it be saved goes along
+    model.save_pretrained(tmp_path / "first")
+    again = ours.from_pretrained(tmp_path / "first", dtype=torch.bfloat16)
+    assert len(layers_4bit(again)) == 14
+    assert torch.equal(logits(again), logits(model))
+    load_model(tmp_path / "first", torch.bfloat16).save_pretrained(tmp_path / "second")
+    assert_same_files(tmp_path / "first", tmp_path / "second")
+
+
+def test_a_converted_model_that_was_merged_is_saved_dense(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, dtype=torch.float32)
+    convert_model(model)
+    add_lora(model)
+    model.save_pretrained(tmp_path / "training")
+    with pytest.raises(ValueError, match="adapters of add_lora in it"):
+        ours.from_pretrained(tmp_path / "training")
+    merge_lora(model)
+    model.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged", dtype=torch.float32)
+    assert not layers_4bit(again) and torch.equal(logits(again), logits(model))
 
 
 def test_tied_weights_stay_tied_and_dense(tmp_path: Path) -> None:

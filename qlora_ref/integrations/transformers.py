@@ -129,7 +129,7 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         self.report: ConversionReport | None = None
         self.quantized: dict[Module4bit, QuantizedTensor] = {}  # while loading
         self.errors: list[str] = []
-        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._model: weakref.ref[nn.Module] | None = None
         self._reasons: dict[str, str | None] = {}
         self._shapes: dict[str, tuple[str, tuple[int, ...], int]] = {}
 
@@ -196,7 +196,7 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_qat_trainable(self) -> bool:
         """The Trainer's question whether a model may train without PEFT: with `add_lora` it may."""
-        model = self._model()
+        model = None if self._model is None else self._model()
         return model is not None and bool(lora_layers(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
