@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +85,20 @@ def load_model_state(model: nn.Module, directory: Path | str) -> None:
     Raises ValueError, naming file and key, for what is missing, too much, truncated or misshapen.
     """
     let_transformers_save(model)
-    seen: dict[str, Path] = {}
-    for file in checkpoint_files(directory):
-        for name, tensor in _tensors_in(file):
-            if name in seen:
-                raise ValueError(f"{file}: {name} is in {seen[name]}, too")
-            seen[name] = file
-            if isinstance(tensor, QuantizedTensor):
-                try:
-                    install(model, name, tensor)
-                except ValueError as error:
-                    raise ValueError(f"{file}: {error}") from error
-            else:
-                _copy(model, name, tensor, file)
+    seen = set()
+    for file, name, tensor in _tensors_in(checkpoint_files(directory)):
+        seen.add(name)
+        if isinstance(tensor, QuantizedTensor):
+            try:
+                install(model, name, tensor)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+        else:
+            _copy(model, name, tensor, file)
     # Asked of the model as it is now: of layers that were one before, only the first is replaced.
     filled = _distinct(model.state_dict())
     owners = _owners(filled)  # a layer in 4 bits is missing as a whole
-    missing = {owners.get(key, key) for key in filled} - seen.keys()
+    missing = {owners.get(key, key) for key in filled} - seen
     if missing:
         raise ValueError(f"{directory} lacks {sorted(missing)[:5]}: a checkpoint of another model")
 
@@ -141,8 +140,8 @@ def _shard_names(index: Path) -> list[str]:
 
 def stored_tensors(path: Path | str) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
     """Every tensor of a checkpoint by name, one at a time; 4-bit ones as QuantizedTensor."""
-    for file in checkpoint_files(path):
-        yield from _tensors_in(file)
+    for _, name, tensor in _tensors_in(checkpoint_files(path)):
+        yield name, tensor
 
 
 def is_quantized_checkpoint(directory: Path | str) -> bool:
@@ -161,21 +160,29 @@ def is_quantized_checkpoint(directory: Path | str) -> bool:
     return bool(in_4bit or method == "qlora_ref")
 
 
-def _tensors_in(file: Path) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
-    with _opened(file) as tensors:
-        keys = list(tensors.keys())
-        groups = {name: _keys_of(name, keys) for name in tensor_format.stored_names(keys)}
-        for name, group in groups.items():
-            stored = {key: _get(tensors, key, file) for key in group}
+def _tensors_in(files: list[Path]) -> Iterator[tuple[Path, str, QuantizedTensor | Tensor]]:
+    """Every tensor with its name and its file. transformers may part codes from their scales."""
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(_opened(file)) for file in files}
+        where: dict[str, Path] = {}
+        for file, tensors in opened.items():
+            for key in tensors.keys():
+                if key in where:
+                    raise ValueError(f"{file}: {key} is in {where[key]}, too")
+                where[key] = file
+        owners = _owners(where)
+        groups: dict[str, list[str]] = {}
+        for key in where:
+            groups.setdefault(owners.get(key, key), []).append(key)
+        for name, keys in groups.items():
+            stored = {key: _get(opened[where[key]], key, where[key]) for key in keys}
+            file = where[keys[0]]
             try:
-                weight = tensor_format.from_tensors(stored, name)
+                in_4bit = keys[0] in owners
+                tensor = tensor_format.from_tensors(stored, name) if in_4bit else stored[name]
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
-            yield name, weight
-        grouped = {key for group in groups.values() for key in group}
-        for key in keys:
-            if key not in grouped:
-                yield key, _get(tensors, key, file)
+            yield file, name, tensor
 
 
 def _get(tensors: Any, key: str, file: Path) -> Tensor:
@@ -195,10 +202,6 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-
-
-def _keys_of(name: str, keys: list[str]) -> list[str]:
-    return [key for key in keys if key == name or key.startswith(f"{name}.")]
 
 
 def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
@@ -226,7 +229,9 @@ def _copy(model: nn.Module, key: str, value: Tensor, file: Path) -> None:
 def _owners(keys: Iterable[str]) -> dict[str, str]:
     """For every key of a weight in 4 bits, codes and scales, the name of that weight."""
     keys = list(keys)
-    return {key: name for name in tensor_format.stored_names(keys) for key in _keys_of(name, keys)}
+    names = set(tensor_format.stored_names(keys))
+    beginnings = {key: accumulate(key.split("."), "{}.{}".format) for key in keys}
+    return {key: name for key in keys for name in beginnings[key] if name in names}
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
