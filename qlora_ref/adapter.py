@@ -66,30 +66,37 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_adapter(model: nn.Module, directory: Path | str, base_model: str = "") -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: Path | str,
+    base_model: str = "",
+    base: dict[str, Any] | None = None,
+) -> None:
     """Write a model's adapters to a directory, aside, then renamed.
 
     base_model  what PEFT calls base_model_name_or_path: where the base can be had again
+    base        `describe_base` of the model, if it is known: seconds of work for a large one
     Raises ValueError if the model has no adapters or they differ in r, alpha, dropout or scaling.
     """
     with written_aside(directory) as aside:
         aside.mkdir()
-        write_adapter(model, aside, base_model, describe_base(model))
+        write_adapter(model, aside, base_model, base)
 
 
-def write_adapter(model: nn.Module, directory: Path, base_model: str, base: dict[str, Any]) -> None:
-    """Write the files of an adapter into an existing directory.
-
-    base  what describe_base says of the model: seconds of work where it is large
-    """
+def write_adapter(
+    model: nn.Module, directory: Path, base_model: str = "", base: dict[str, Any] | None = None
+) -> None:
+    """Write the files of an adapter into an existing directory. See `save_adapter`."""
     from safetensors.torch import save_file
 
     config = _peft_config(model, base_model)
     tensors = {key: value.cpu().contiguous() for key, value in adapter_tensors(model).items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    base = describe_base(model) if base is None else base
     if base:
-        (directory / BASE).write_text(json.dumps(base, indent=2) + "\n")
+        record = {**base, "adapter_sha256": _sha256_of(directory / WEIGHTS)}
+        (directory / BASE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_adapter(model: nn.Module, directory: Path | str, other_base: bool = False) -> LoraReport:
@@ -158,7 +165,7 @@ def _fingerprint(weights: dict[str, QuantizedTensor]) -> str:
 
 
 def recorded_base(directory: Path | str) -> dict[str, Any]:
-    """What an adapter was trained on, as `describe_base` says it; PEFT's do not say.
+    """What an adapter was trained on, as `describe_base` says it; {} if PEFT wrote the adapter.
 
     Raises ValueError, naming the file, if it is broken.
     """
@@ -166,9 +173,16 @@ def recorded_base(directory: Path | str) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        record = dict(json.loads(file.read_text()))
+        # PEFT leaves our record where it writes another adapter into a directory of ours.
+        is_of_this = record.pop("adapter_sha256", None) == _sha256_of(Path(directory) / WEIGHTS)
+        return record if is_of_this else {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot read what the adapter was trained on, {file}: {error}") from error
+
+
+def _sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _check_base(model: nn.Module, directory: Path, config: dict[str, Any]) -> None:

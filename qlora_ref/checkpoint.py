@@ -1,4 +1,4 @@
-"""Checkpoints of 4-bit models in bitsandbytes' format, one shard at a time.
+"""Checkpoints of 4-bit models in bitsandbytes' format, written a shard and read a tensor at a time.
 
 A directory holds config.json, generation_config.json and model.safetensors, or several shards and
 their index, as transformers writes them. Every 4-bit weight is stored as tensor_format.py says.

@@ -148,7 +148,7 @@ def finetune(
     tell(f"perplexity after: {after.perplexity:.2f}")
     if sample_prompt is not None:
         samples["after"] = generate(run.model, run.tokenizer, sample_prompt)
-    save_adapter(run.model, output / "adapter", _save_base(run, output))
+    save_adapter(run.model, output / "adapter", _save_base(run, output), run.base)
     result = Result(
         before=before,
         after=after,

@@ -62,5 +62,6 @@ def _as_transformers_keeps_it(model: Any) -> Any:
             merged = model.get_submodule(name)
             if isinstance(merged, nn.Linear):
                 merged.weight.data = merged.weight.data.t().contiguous()
-    # What was never in 4 bits may be in bfloat16, which does not multiply with float32.
-    return model.float()
+    # What was never in 4 bits may be in bfloat16, which does not multiply with float32. Not
+    # model.float(), which transformers refuses until it is told, on saving, that none is left.
+    return nn.Module.float(model)

@@ -10,12 +10,18 @@ def let_transformers_save(model: nn.Module, compute_dtype: torch.dtype | None = 
     """Have config.json say what is in 4 bits at the time a model, or a part of it, is saved.
 
     Else transformers would write the codes as if they were dense weights, which nothing can read.
-    Does nothing to modules that are not of transformers, or that have a quantiser already.
+    Does nothing to modules that are not of transformers, or that have a quantiser already, nor
+    under transformers before 5: there, checkpoint.save_model is what saves.
     """
-    for module in model.modules():
-        if _is_pretrained(module) and getattr(module, "hf_quantizer", None) is None:
-            from qlora_ref.integrations.transformers import QLoRAConfig, QLoRAQuantizer
-
+    pretrained = [module for module in model.modules() if _is_pretrained(module)]
+    if not pretrained:
+        return
+    try:
+        from qlora_ref.integrations.transformers import QLoRAConfig, QLoRAQuantizer
+    except ImportError:
+        return
+    for module in pretrained:
+        if getattr(module, "hf_quantizer", None) is None:
             quantizer = QLoRAQuantizer(QLoRAConfig(compute_dtype=compute_dtype))
             # Not `is_quantized` as well: float(), half() and training go on as for dense models.
             module.hf_quantizer = quantizer  # type: ignore[assignment]

@@ -37,14 +37,14 @@ def save_state(
     """Write a checkpoint after `step` steps; the two newest are kept.
 
     identity  what a run that resumes must share: settings, fingerprints
-    base      the adapter's record of its base (adapter.describe_base), if it is to have one
+    base      see adapter.save_adapter
     Raises OSError when the disk is full; the checkpoints before stay as they are.
     """
     directory = output / f"checkpoint-{step:06d}"
     state = {"optimizer": optimizer.state_dict(), "random": _random_state()}
     with written_aside(directory) as aside:
         aside.mkdir()
-        write_adapter(model, aside, identity.get("model", ""), base or {})
+        write_adapter(model, aside, identity.get("model", ""), base)
         with open(aside / "training.pt", "wb") as file:  # given a path, torch hides the OSError
             torch.save(state, file)
         (aside / "run.json").write_text(json.dumps({"step": step, **identity}, indent=2) + "\n")

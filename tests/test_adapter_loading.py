@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,9 @@ def test_an_adapter_records_how_its_base_was_quantised(tmp_path: Path) -> None:
     model = quantised("fp4", 128, False, dtype=torch.bfloat16)
     folder = saved(model, tmp_path / "adapter", targets=["0"])
     recorded = json.loads((folder / "adapter_base.json").read_text())
-    sha256 = recorded.pop("sha256")
-    assert len(sha256) == 64
+    assert len(recorded.pop("sha256")) == 64
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert recorded.pop("adapter_sha256") == hashlib.sha256(weights).hexdigest()
     assert recorded == {
         "codebook": "fp4",
         "block_size": 128,
@@ -153,6 +156,16 @@ def test_an_adapter_without_a_record_goes_on_any_base(tmp_path: Path) -> None:
         assert load_adapter(model, folder).layers == ["0", "1"]
     again = saved(dense(), tmp_path / "dense")
     assert not (again / "adapter_base.json").exists()
+
+
+# PEFT replaces the files that it knows, and leaves the others.
+def test_a_record_beside_another_adapter_is_not_its_own(tmp_path: Path) -> None:
+    folder = saved(quantised(), tmp_path / "adapter")
+    other = saved(quantised("fp4"), tmp_path / "other", targets=["0"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(other / name, folder / name)
+    assert recorded_base(folder) == {}
+    assert load_adapter(quantised("fp4"), folder).layers == ["0"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "7", "null", "[1]"])

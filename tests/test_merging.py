@@ -22,6 +22,8 @@ from qlora_ref.models import load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from qlora_ref.integrations.transformers import QLoRAConfig  # noqa: E402
+
 # Of the logits' norm: float32 sums in another order, amplified by four layers with large adapters.
 FLOAT32_LOGITS = 1e-4
 
@@ -77,6 +79,18 @@ def test_a_4bit_merge_loads_with_the_bits_that_it_had(
     report = merge_to_directory(model, str(TINY), tmp_path / "merged", "4bit")
     assert torch.equal(logits(load_model(tmp_path / "merged")), logits(by_hand))
     assert 10 < report["worst_snr_db"] < 40  # NF4 of Gaussian weights: about 20.7 dB
+
+
+def test_a_model_that_transformers_quantised_merges_too(tmp_path: Path) -> None:
+    options = {"quantization_config": QLoRAConfig(), "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, **options)
+    qlora_ref.add_lora(model, r=4)
+    randomise_adapters(model)
+    expected = logits(model)
+    merge_to_directory(model, str(TINY), tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any(isinstance(module, Linear4bit) for module in merged.modules())
+    assert (logits(merged) - expected).norm() < FLOAT32_LOGITS * expected.norm()
 
 
 def test_the_tokenizer_is_written_too(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def load_with_adapter(
 
     said = {name: value for name, value in given.items() if value is not None}
     recorded = {}
-    if adapter is not None and not is_quantized_checkpoint(source):  # else it is what it is
+    as_it_is = said.get("codebook") == "none" or is_quantized_checkpoint(source)
+    if adapter is not None and not as_it_is:
         known = recorded_base(adapter)
         recorded = {name: known[name] for name in given if name in known and name not in said}
     if recorded:

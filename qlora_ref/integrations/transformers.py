@@ -232,6 +232,11 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc]
         """`save_pretrained` works."""
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile: torch.compile takes 4-bit layers as they are."""
+        return True
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """Called before a model is saved: lets its config.json say what its layers now are."""
         if "disk" in getattr(model, "hf_device_map", {}).values():
