@@ -202,7 +202,9 @@ def matmul_4bit(
     `dequantize_4bit` in the dtype of x; where CUDA's tensor cores multiply many tokens, levels and
     scales are rounded to that dtype as well, levels alone where AVX-512 BF16 multiplies few, and it
     is at most three times that error. AVX-512 BF16 and AMX take bfloat16 numbers below 2^-126 for
-    zero; AMX makes float32 weights of three such numbers, the last 2^-16 of the weight.
+    zero; AMX makes float32 weights of three such numbers, the last 2^-16 of the weight. On CUDA
+    few tokens in 16 bits are multiplied by levels before these are scaled: of a codebook whose
+    levels are far from 1 in size, such as 2^100, the sums overflow or lose bits there.
     Differentiable, any number of times, with respect to x and bias; `torch.func.vmap` works over x.
 
     Raises TypeError for dtypes, ValueError for sizes that do not fit together.

@@ -205,8 +205,10 @@ def test_scales_that_make_up_for_the_tokens(
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scales_that_make_up_for_the_levels(
-    dtype: torch.dtype, tokens: int, size: float, power: int, device: str
+    dtype: torch.dtype, tokens: int, size: float, power: int, backend: str, device: str
 ) -> None:
+    if backend == "cuda" and dtype == torch.bfloat16:
+        pytest.skip("the CUDA kernel scales sums of levels, which are to be of about 1 in size")
     weight, dense = large_weight(16, 256, 64)
     weight.codebook.mul_(2.0**power)
     weight.absmax.mul_(2.0**-power)
