@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from qlora_ref.lora import (
     lora_layers,
 )
 from qlora_ref.module4bit import layers_4bit
-from qlora_ref.quantized import QuantizedTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -150,17 +150,22 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "dtype": {str(weight.dtype).removeprefix("torch.") for weight in weights.values()},
     }
     shared = {name: found.pop() for name, found in each.items() if len(found) == 1}
-    return {**shared, "sha256": _fingerprint(weights)}
+    parts = (
+        (f"{name}.{field}", part)
+        for name, weight in sorted(weights.items())
+        for field, part in vars(weight).items()
+        if isinstance(part, Tensor)
+    )
+    return {**shared, "sha256": fingerprint_tensors(parts)}
 
 
-def _fingerprint(weights: dict[str, QuantizedTensor]) -> str:
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over tensors and their names, in this order."""
     digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
+    for name, tensor in tensors:
         digest.update(name.encode())
-        for part in vars(weight).values():
-            if isinstance(part, Tensor):
-                data: Any = part.flatten().view(torch.uint8).cpu().numpy()
-                digest.update(data)
+        data: Any = tensor.flatten().view(torch.uint8).cpu().numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -10,7 +10,6 @@ the step, since batches are a function of the seed and the step (data.BatchOrder
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import shutil
@@ -20,7 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_ref.adapter import load_adapter_tensors, read_adapter_tensors, write_adapter
+from qlora_ref.adapter import (
+    fingerprint_tensors,
+    load_adapter_tensors,
+    read_adapter_tensors,
+    write_adapter,
+)
 from qlora_ref.files import written_aside
 
 _KEPT_CHECKPOINTS = 2
@@ -95,12 +99,9 @@ def load_state(directory: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def fingerprint_base(model: nn.Module) -> str:
     """SHA-256 over the frozen tensors of a model: is it the same base, quantised alike?"""
-    digest = hashlib.sha256()
-    for key, tensor in model.state_dict().items():
-        if ".lora_" not in key:
-            digest.update(key.encode())
-            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
+    return fingerprint_tensors(
+        (key, tensor) for key, tensor in model.state_dict().items() if ".lora_" not in key
+    )
 
 
 def _random_state() -> dict[str, Any]:

@@ -21,7 +21,9 @@ from qlora_ref.module4bit import Module4bit
 MODEL = Path(__file__).parent / "data" / "tiny_llama"
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from_pretrained = pytest.importorskip("qlora_ref.integrations.transformers").from_pretrained
+from_pretrained = pytest.importorskip(
+    "qlora_ref.integrations.transformers", reason="transformers is not installed"
+).from_pretrained
 
 
 def quantised(codebook: str = "nf4", double_quant: bool = True) -> Any:

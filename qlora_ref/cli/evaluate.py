@@ -43,12 +43,7 @@ def evaluate(
     examples = read_examples(data)
     tokenizer = load_tokenizer(model)
     text = tokenize(examples, tokenizer, length)[:sequences]
-    given = {
-        "codebook": codebook,
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "dtype": compute_dtype,
-    }
+    given = codebook, block_size, double_quant, compute_dtype
     loaded = load_with_adapter(model, adapter, given, "none", other_base)
     found = run(loaded, text, tokenizer.pad_token_id or 0)
     report = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}

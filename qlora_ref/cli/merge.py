@@ -39,12 +39,7 @@ def merge(
 
     if output.exists():
         raise ValueError(f"{output} exists already: choose another directory")
-    given = {
-        "codebook": codebook,
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "dtype": compute_dtype,
-    }
+    given = codebook, block_size, double_quant, compute_dtype
     loaded = load_with_adapter(model, adapter, given, "nf4", other_base)
     report = merge_to_directory(loaded, model, output, to)
     if as_json:

@@ -49,11 +49,11 @@ OtherBase = Annotated[
 
 
 def load_with_adapter(
-    source: str, adapter: Path | None, given: dict[str, Any], codebook: str, other_base: bool
+    source: str, adapter: Path | None, given: tuple[Any, ...], codebook: str, other_base: bool
 ) -> Any:
     """The model and, on it, the adapter: the base as options say, else as the adapter records.
 
-    given     codebook, block_size, double_quant, dtype: options, None where not said
+    given     codebook, block size, double quantisation, dtype: options, None where not said
     codebook  where neither says one
     """
     import torch
@@ -65,17 +65,17 @@ def load_with_adapter(
     from qlora_ref.module4bit import layers_4bit
     from qlora_ref.settings import choose_dtype
 
-    said = {name: value for name, value in given.items() if value is not None}
+    default = {"codebook": codebook, "block_size": 64, "double_quant": True, "dtype": "float32"}
+    said = {name: value for name, value in zip(default, given) if value is not None}
     recorded = {}
     as_it_is = said.get("codebook") == "none" or is_quantized_checkpoint(source)
     if adapter is not None and not as_it_is:
         known = recorded_base(adapter)
-        recorded = {name: known[name] for name in given if name in known and name not in said}
+        recorded = {name: known[name] for name in default if name in known and name not in said}
     if recorded:
         words = ", ".join(f"{name} {value}" for name, value in recorded.items())
         text = f"the base as {adapter} records it: {words}"
         messages.print(escape(text), highlight=False, soft_wrap=True)
-    default = {"codebook": codebook, "block_size": 64, "double_quant": True, "dtype": "float32"}
     options: dict[str, Any] = {**default, **recorded, **said}
     model = load_model(source, choose_dtype(options.pop("dtype"), torch.device("cpu")))
     if options["codebook"] != "none" and not layers_4bit(model):
